@@ -1,0 +1,45 @@
+"""Names and one-line descriptions of what there is, without importing torch: what `list`, help and completion read."""
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from ddengine import data
+from ddengine.origins import ROOT
+
+MATCHERS = {
+    "attention": "attention matching (DataDAM): class means of spatial attention and embedding, pixels optimised",
+    "distribution": "distribution matching (DM): class means of the embedding, pixels optimised",
+    "random": "random real images, class by class",
+    "herding": "real images whose running mean follows the class mean (herding)",
+    "kmeans": "the real image nearest each k-means centre of its class",
+    "kcenter": "greedy farthest-point real images (k-centre)",
+}
+NETWORKS = {
+    "convnet": "ConvNet-D of the distillation papers: width 128, depth by image size, instance norm",
+    "mlp": "three linear layers",
+    "lenet": "LeNet",
+    "alexnet": "AlexNet in its small-image form",
+    "vgg11": "VGG-11",
+    "resnet18": "ResNet-18, small-image stem up to 64 pixels, torchvision's above",
+    "vit": "a small vision transformer",
+}
+KINDS = {"matchers": MATCHERS, "datasets": data.DESCRIPTIONS, "networks": NETWORKS}
+
+
+def listing(kind: str) -> list[tuple[str, str, str]]:
+    """(name, origin, description) of every matcher, dataset or network, those of other distributions included."""
+    ours = [(name, "ddengine", text) for name, text in KINDS[kind].items()]
+    plugged = entry_points(group=f"ddengine.{kind}")
+    return ours + [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged if e.name not in KINDS[kind]]
+
+
+def configs() -> list[tuple[str, str, str]]:
+    """The shipped result rows: name, origin, and the first comment line of the file."""
+    folder = Path(__file__).parent / "conf"
+    folder = folder if folder.is_dir() else ROOT / "configs"
+    found = []
+    for path in sorted((folder / "row").glob("*.yaml")):
+        lines = path.read_text().splitlines()
+        comment = next((line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line), "")
+        found.append((path.stem, "ddengine", comment))
+    return found

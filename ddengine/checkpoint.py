@@ -1,0 +1,137 @@
+"""States on disk: any tree of frozen dataclasses, dicts and tuples over tensors and plain values, written whole.
+
+A checkpoint is a folder `step_000042` with `state.safetensors` and `manifest.json`, made under a temporary name
+and renamed, so that one that exists is complete. Reading needs a template state: files hold values, never code.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ddengine import files
+from ddengine.errors import ArtefactError, UsageError
+from ddengine.types import DataSpec
+
+S = TypeVar("S")
+FORMAT, VERSION = "ddengine/checkpoint", 1
+KEEP = 2
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+def leaves(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of every tensor and plain value in `state`; a DataSpec is a constant and is left out."""
+    if isinstance(state, DataSpec):
+        return
+    children = _children(state)
+    if children is None:
+        yield path, state
+        return
+    for key, value in children:
+        yield from leaves(value, _below(path, key))
+
+
+def _children(state: Any) -> list[tuple[str, Any]] | None:
+    if is_dataclass(state) and not isinstance(state, type):
+        return [(f.name, getattr(state, f.name)) for f in fields(state)]
+    if isinstance(state, dict):
+        return sorted(((str(key), value) for key, value in state.items()), key=lambda item: item[0])
+    if isinstance(state, tuple | list):
+        return [(str(i), value) for i, value in enumerate(state)]
+    return None
+
+
+def _below(path: str, key: str) -> str:
+    """The path of a child, as in a JSON pointer: no two leaves share one, whatever their keys hold."""
+    return f"{path}/{key.replace('~', '~0').replace('/', '~1')}"
+
+
+def rebuild(template: S, values: Mapping[str, Any], path: str = "") -> S:
+    """A state of the template's form with the leaves of `values`; ArtefactError for a missing or foreign leaf."""
+    if isinstance(template, DataSpec):
+        return template
+    children = _children(template)
+    if children is None:
+        if path not in values or isinstance(template, Tensor) != isinstance(values[path], Tensor):
+            raise ArtefactError(f"the checkpoint has no '{path}' of the right kind", "Remove it and repeat the command")
+        value = values[path]
+        # A copy, since tensors read from a buffer may lie unaligned, on which the last bit of a product can depend.
+        return value.to(template.device, copy=True) if isinstance(template, Tensor) else value
+    made = {key: rebuild(value, values, _below(path, key)) for key, value in children}
+    if is_dataclass(template):
+        return replace(template, **made)  # type: ignore[type-var]
+    if isinstance(template, dict):
+        return {key: made[str(key)] for key in template}  # type: ignore[return-value]
+    named = hasattr(template, "_make")  # a named tuple takes its values one by one
+    return type(template)(*made.values()) if named else type(template)(made.values())  # type: ignore[call-arg,return-value]
+
+
+def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of `step` below `folder` and leave the last KEEP up to it; later ones, which no run
+    could go on from, go too. `extra` is JSON. Raises UsageError when the system refuses.
+    """
+    files.make_folder(folder)
+    listed = list(leaves(state))
+    found = dict(listed)
+    assert len(found) == len(listed), "a dict in the state has two keys of one spelling"
+    tensors = {path: value for path, value in found.items() if isinstance(value, Tensor)}
+    plain = {path: value for path, value in found.items() if path not in tensors}
+    target, work = folder / f"step_{step:06d}", folder / f"{files.TEMPORARY}step_{step:06d}"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        entry = files.write_tensors(work / "state.safetensors", tensors)
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "plain": plain, "state.safetensors": entry}
+        manifest["extra"] = dict(extra)
+        files.write_json(work / "manifest.json", {**manifest, "seal": _seal(manifest)})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(work, target)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}", "Free some room, then repeat the command") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    files.sync_folder(folder)
+    kept = [number for number in steps(folder) if number <= step][:KEEP]
+    for number in set(steps(folder)) - set(kept):
+        shutil.rmtree(folder / f"step_{number:06d}", ignore_errors=True)
+    return target
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest without its seal."""
+    return hashlib.sha256(files.json_bytes({k: v for k, v in manifest.items() if k != "seal"})).hexdigest()
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of which there are checkpoints below `folder`, newest first."""
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("step_*")] if folder.is_dir() else []
+    return sorted((int(found[1]) for found in names if found), reverse=True)
+
+
+def load(folder: Path, step: int, template: S) -> tuple[S, dict[str, Any]]:
+    """The state of `step` in the template's form, on the template's devices, and its `extra` (else ArtefactError)."""
+    path = folder / f"step_{step:06d}"
+    manifest = files.read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ArtefactError(f"{path} is not a checkpoint of version {VERSION}", "Remove it and repeat the command")
+    try:
+        if _seal(manifest) != manifest["seal"]:
+            raise ArtefactError(f"{path / 'manifest.json'} was changed", "Remove it and repeat the command")
+        tensors = files.read_tensors(path / "state.safetensors", manifest["state.safetensors"])
+        return rebuild(template, {**manifest["plain"], **tensors}), dict(manifest["extra"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ArtefactError):
+            raise
+        raise ArtefactError(f"{path} is damaged: {type(error).__name__}", "Remove it and repeat the command") from error
+
+
+def clean(folder: Path) -> None:
+    """Remove temporary names that a killed process left below `folder`."""
+    for left in folder.glob(f"{files.TEMPORARY}*") if folder.is_dir() else []:
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""From command-line overrides to one configuration, through hydra; every mistake becomes one line and a remedy."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import matchers
+from ddengine import catalog, origins
+from ddengine.config import COMMANDS, DatasetConfig, NetworkConfig
+from ddengine.errors import UsageError, unknown
+
+
+def folder() -> Path:
+    """The folder of the shipped configurations: `ddengine/conf` when installed, `configs/` in a source tree."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else origins.ROOT / "configs"
+
+
+def rows() -> dict[str, Path]:
+    """The shipped result rows: name to file."""
+    return {path.stem: path for path in sorted((folder() / "row").glob("*.yaml"))}
+
+
+def composed(command: str, overrides: Sequence[str]) -> Any:
+    """The checked configuration of `command` as an instance of its dataclass, its matcher node as name and options.
+
+    Raises UsageError for a syntax error, an unknown key or choice (with the nearest known one), a wrong type
+    or a missing value.
+    """
+    _register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folder().resolve()), version_base="1.3", job_name="ddengine"):
+        parsed = _parse(overrides)
+        choices = [o for o in parsed if o.key_or_group in _choices()]
+        for choice in choices:
+            _check_choice(choice)
+        plain = [o for o in parsed if o not in choices]
+        base = _compose(command, choices)
+        for override in plain:
+            _check_key(override, base)
+        made = _compose(command, [*choices, *plain])
+    missing = OmegaConf.missing_keys(made)
+    if missing:
+        key = min(missing, key=len)
+        raise UsageError(f"{command} needs {key}", f"Give {_example(key)}")
+    return OmegaConf.to_object(made)
+
+
+def _example(key: str) -> str:
+    known = _choices().get(key.split(".")[0])
+    return f"{key.split('.')[0]}=NAME, one of: {', '.join(known)}" if known else f"{key}=VALUE"
+
+
+def _choices() -> dict[str, list[str]]:
+    return {
+        "dataset": [name for name, _, _ in catalog.listing("datasets")],
+        "network": [name for name, _, _ in catalog.listing("networks")],
+        "matcher": matchers.names(),
+        "row": list(rows()),
+    }
+
+
+def _register() -> None:
+    """Tell hydra our schemas: one per command, dataset, network and matcher."""
+    store, known = ConfigStore.instance(), _choices()
+    for command, schema in COMMANDS.items():
+        store.store(name=command, node=schema)
+    for name in known["dataset"]:
+        store.store(group="dataset", name=name, node=DatasetConfig(name=name))
+    for name in known["network"]:
+        store.store(group="network", name=name, node=NetworkConfig(name=name))
+    for name in known["matcher"]:
+        store.store(group="matcher", name=name, node=_schema(name))
+
+
+def _schema(name: str) -> Any:
+    """A mutable twin of a matcher's options (OmegaConf makes frozen dataclasses read-only), and its name."""
+    try:
+        options = matchers.find(name).options
+    except Exception as error:
+        raise UsageError(f"the plug-in matcher '{name}' does not load: {error}", "Repair or remove it") from error
+    hints = get_type_hints(type(options))
+    columns: list[Any] = [("name", str, field(default=name))]
+    for f in fields(options):
+        value = getattr(options, f.name)
+        default = field(default_factory=lambda v=value: list(v)) if isinstance(value, tuple) else field(default=value)
+        columns.append((f.name, hints[f.name], default))
+    return make_dataclass(f"{type(options).__name__}Config", columns)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser, found = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            found.append(parser.parse_override(text))
+        except HydraException as error:
+            raise UsageError(f"cannot read the override '{text}'", "Write key=value, for example ipc=10") from error
+        if found[-1].is_sweep_override():
+            raise UsageError(f"'{text}' names several values", "Run the command once for each value")
+    return found
+
+
+def _check_choice(choice: Override) -> None:
+    known, value = _choices()[choice.key_or_group], choice.value()
+    if value is not None and str(value) not in known:
+        raise unknown(choice.key_or_group, value, known)
+
+
+def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
+    for key in node:
+        full = f"{path}{key}"
+        yield full
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from _keys(child, f"{full}.")
+
+
+def _check_key(override: Override, base: DictConfig) -> None:
+    key, known = override.key_or_group, list(_keys(base))
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:
+        near = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    top = ", ".join(k for k in known if "." not in k)
+    raise UsageError(f"unknown key '{key}'", f"{hint}Keys: {top}")
+
+
+def _compose(command: str, overrides: Sequence[Override]) -> DictConfig:
+    try:
+        return compose(config_name=command, overrides=[o.input_line or "" for o in overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        choices = [o for o in overrides if o.key_or_group in _choices()]
+        raise _explained(command, choices, [o for o in overrides if o not in choices], error) from error
+
+
+def _explained(
+    command: str, choices: Sequence[Override], plain: Sequence[Override], error: Exception
+) -> UsageError:
+    """The error that names the one override which does not fit, found by composing each of them alone."""
+    for override in plain:
+        try:
+            compose(config_name=command, overrides=[o.input_line or "" for o in (*choices, override)])
+        except (HydraException, OmegaConfBaseException) as alone:
+            return UsageError(f"{override.input_line}: {_reason(alone)}", "Give a value of the type that the key has")
+    group = next((g for g in ("dataset", "matcher", "network") if f"'{g}'" in str(error)), None)
+    if "must specify" in str(error) and group is not None:
+        return UsageError(f"{command} needs {group}", f"Give {_example(group)}")
+    return UsageError(_reason(error), f"See ddengine {command} --help for the keys")
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, on one line and without hydra's trailer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split("full_key:")[0].split())

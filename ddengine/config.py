@@ -1,0 +1,109 @@
+"""Configuration as plain dataclasses: the keys, types and defaults of every command (composed by hydra)."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"  # hydra's mark of a value that must be given
+
+
+@dataclass
+class DatasetConfig:
+    """Which data: `root` a folder or file, `size` pixels to resize to, `preprocessing` standard or zca."""
+
+    name: str = MISSING
+    root: str | None = None
+    size: int | None = None
+    preprocessing: str = "standard"
+    on_error: str = "raise"
+    download: bool = True
+
+
+@dataclass
+class NetworkConfig:
+    """Which network; null means the network's own default."""
+
+    name: str = "convnet"
+    width: int | None = None
+    depth: int | None = None
+    norm: str | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """The other way to say how much a set may hold."""
+
+    nbytes: int | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run saves its state: every so many steps, and every so many minutes."""
+
+    steps: int | None = None
+    minutes: float = 5.0
+
+
+@dataclass
+class RecipeConfig:
+    """How the judge trains: equal optimiser steps for every row, rates tried on the validation part."""
+
+    steps: int = 500
+    lrs: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    augment: str = "auto"
+
+
+def _groups(*names: str) -> list[Any]:
+    given: dict[str, str | None] = {"dataset": MISSING, "matcher": "attention", "network": "convnet", "row": None}
+    return [*({name: given[name]} for name in names if name != "row"), "_self_", {"row": None}]
+
+
+@dataclass
+class DistillConfig:
+    """`ddengine distill`."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    matcher: Any = MISSING
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    ipc: int | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    seed: int = 0
+    out: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    deterministic: bool = False
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """`ddengine evaluate PATH`; dataset and network default to what the set's manifest names."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    networks: list[str] | None = None
+    seeds: int = 5
+    seed: int = 0
+    rows: list[str] = field(default_factory=lambda: ["random", "random_bytes", "herding", "kmeans", "full"])
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    out: str | None = None
+
+
+@dataclass
+class DemoConfig:
+    """`ddengine demo`."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_"])
+    out: str = "runs/demo"
+    seed: int = 0
+    seeds: int = 5
+
+
+COMMANDS: dict[str, type] = {"distill": DistillConfig, "evaluate": EvaluateConfig, "demo": DemoConfig}

@@ -1,0 +1,84 @@
+"""Real data: every dataset becomes class-sorted uint8 fit, validation and test parts that share one spec.
+
+This module itself imports neither torch nor numpy, so that datasets can be listed at once; `load`,
+`Dataset`, `DATASETS`, `Request`, `Source` and `Part` are fetched from their modules on first use.
+"""
+
+import os
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddengine.errors import unknown
+
+if TYPE_CHECKING:
+    from ddengine.data.registry import DATASETS, load
+    from ddengine.data.source import Dataset, Part, Request, Source
+
+__all__ = [
+    "DATASETS",
+    "DESCRIPTIONS",
+    "GROUP",
+    "Dataset",
+    "Part",
+    "Request",
+    "Source",
+    "dataset_root",
+    "describe",
+    "load",
+    "names",
+]
+
+GROUP = "ddengine.datasets"
+DESCRIPTIONS = {
+    "digits": "1,797 handwritten digits, 8x8 grey, 10 classes; comes with scikit-learn, needs no download",
+    "mnist": "70,000 handwritten digits, 28x28 grey, 10 classes",
+    "fashion_mnist": "70,000 photographs of clothes, 28x28 grey, 10 classes",
+    "svhn": "99,289 house-number digits, 32x32 colour, 10 classes (without the extra part)",
+    "cifar10": "60,000 natural images, 32x32 colour, 10 classes",
+    "cifar100": "60,000 natural images, 32x32 colour, 100 classes",
+    "stl10": "13,000 natural images, 96x96 colour, 10 classes (the labelled part)",
+    "tiny_imagenet": "110,000 natural images, 64x64 colour, 200 classes; unpack it at dataset.root",
+    "image_folder": "your own images: dataset.root=DIR of class folders, or of train/ test/ val/ of them",
+    "npz": "your own arrays: dataset.root=FILE with x_train, y_train, x_test, y_test",
+}
+_LAZY = {
+    "DATASETS": "registry",
+    "load": "registry",
+    "Dataset": "source",
+    "Part": "source",
+    "Request": "source",
+    "Source": "source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def names() -> list[str]:
+    """Names of all datasets: the built-in ones in their own order, then those of installed plug-ins."""
+    plugins = sorted(point.name for point in entry_points(group=GROUP) if point.name not in DESCRIPTIONS)
+    return [*DESCRIPTIONS, *plugins]
+
+
+def describe(name: str) -> str:
+    """One line about the dataset `name`; for a plug-in, where its loader lives (UsageError if unknown)."""
+    if name in DESCRIPTIONS:
+        return DESCRIPTIONS[name]
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            return f"plug-in: {point.value}"
+    raise unknown("dataset", name, names())
+
+
+def dataset_root() -> Path:
+    """Where datasets are looked for by default: $DDENGINE_DATA, else `ddengine` in the user's cache."""
+    if given := os.environ.get("DDENGINE_DATA"):
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return base / "ddengine"

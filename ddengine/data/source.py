@@ -1,0 +1,89 @@
+"""What a loader is asked for, what it gives, and what `load` makes of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from ddengine.data import dataset_root
+from ddengine.errors import UsageError
+from ddengine.types import DataSpec, Images
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; `root` is None when it was left out."""
+
+    name: str
+    root: Path | None = None
+    size: int | None = None
+    on_error: str = "raise"
+    download: bool = True
+
+    def default_root(self) -> Path:
+        """The given root, else the default one."""
+        return dataset_root() if self.root is None else self.root
+
+    def required_root(self, what: str) -> Path:
+        """The given root; UsageError when there is none, since it names the data itself."""
+        if self.root is None:
+            raise UsageError(f"dataset={self.name} needs a path to {what}", f"Give dataset.root={what}")
+        return self.root
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pixels and class numbers of one part of a dataset, in any order."""
+
+    x: UInt8[Tensor, "n c h w"]
+    y: Int[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, index: Int[Tensor, " m"]) -> "Part":
+        """The images at `index`, in that order."""
+        return Part(self.x[index], self.y[index])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a loader gives: the official parts of a dataset before any split of ours.
+
+    A part that is None is split off `train` by content hash: first `test_fraction` of each class for the
+    test part, then `validation_fraction` of what is left for validation. `mean` and `std` are None where
+    they are to be computed from the fit part.
+    """
+
+    classes: tuple[str, ...]
+    train: Part
+    validation: Part | None = None
+    test: Part | None = None
+    test_fraction: float = 0.1
+    validation_fraction: float = 0.1
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    licence: str = ""
+    skipped: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Class-sorted uint8 parts that share one spec. `skipped` counts unreadable files.
+
+    `notes` are lines for the user. Only `fit` may be learned from, every choice is made on `validation`, and
+    `test` is for the last word.
+    """
+
+    fit: Images
+    validation: Images
+    test: Images
+    skipped: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> DataSpec:
+        """The spec that all three parts share."""
+        return self.fit.spec

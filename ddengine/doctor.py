@@ -1,0 +1,56 @@
+"""What is wrong with an installation: versions, devices, shipped configurations, foreign modules."""
+
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from ddengine import compose, data, origins
+
+PACKAGES = ("torch", "torchvision", "kornia", "higher", "numpy", "scipy", "hydra-core", "safetensors", "scikit-learn")
+
+
+class Finding(NamedTuple):
+    """One line of `ddengine doctor`: `ok` is False where something must be mended."""
+
+    name: str
+    ok: bool
+    value: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything that the tool stands on."""
+    return [
+        Finding("python", sys.version_info >= (3, 11), platform.python_version()),
+        *(_package(name) for name in PACKAGES),
+        _torchvision(),
+        _device(),
+        Finding("configurations", (compose.folder() / "row").is_dir(), str(compose.folder())),
+        *(Finding(f"module {name}", False, f"comes from {path}") for name, path in origins.foreign()),
+        Finding("datasets", True, f"looked for in {data.dataset_root()}"),
+        Finding("C++ compiler", True, shutil.which("c++") or "none (compiled steps are not available)"),
+    ]
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, True, version(name))
+    except PackageNotFoundError:
+        return Finding(name, False, f"is not installed; run: pip install {name}")
+
+
+def _torchvision() -> Finding:
+    try:
+        import torchvision.ops  # noqa: F401  # its compiled part fails here when it does not fit torch
+    except Exception as error:
+        return Finding("torchvision fits torch", False, f"{error}; install a matching pair of torch and torchvision")
+    return Finding("torchvision fits torch", True, "yes")
+
+
+def _device() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("device", True, f"cpu, {torch.get_num_threads()} threads (no CUDA device)")
+    return Finding("device", True, f"cuda, {torch.cuda.get_device_name(0)}")

@@ -1,0 +1,50 @@
+"""Where our four packages come from: `synth` and `matchers` are common names, and another may stand in front."""
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+SIBLINGS = ("synth", "matchers", "expert_buffers")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SiblingFinder:
+    """Finds the packages that lie beside ddengine first, whatever stands earlier on sys.path."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a sibling package, None for every other name."""
+        return PathFinder.find_spec(name, [str(ROOT)]) if name in SIBLINGS else None
+
+
+def pin() -> None:
+    """Make imports of our packages find ours (the console script calls this before any of them)."""
+    if SiblingFinder not in sys.meta_path:
+        sys.meta_path.insert(0, SiblingFinder)  # type: ignore[arg-type]
+
+
+def foreign() -> list[tuple[str, str]]:
+    """(name, file) of each of our packages that would be, or has been, imported from somewhere else."""
+    found = []
+    for name in SIBLINGS:
+        spec = sys.modules[name].__spec__ if name in sys.modules else find_spec(name)
+        origin = (spec.origin or "") if spec else "nowhere"
+        if Path(origin).resolve().parent.parent != ROOT:
+            found.append((name, origin))
+    return found
+
+
+def check() -> None:
+    """UsageError naming the first foreign module, if there is one."""
+    from ddengine.errors import UsageError
+
+    for name, origin in foreign():
+        raise UsageError(
+            f"'{name}' would be imported from {origin}, which is not ddengine's",
+            f"Rename that file, or work from a folder without a {name}.py (the `ddengine` command is safe from it)",
+        )

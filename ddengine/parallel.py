@@ -1,0 +1,94 @@
+"""Independent jobs over worker processes, in order, with the same bits for any number of workers."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, connection, parent_process
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from ddengine.errors import DDError, require_positive
+
+Work = Callable[[Any, Any], Any]  # (shared, job) -> result
+MapJobs = Callable[[Sequence[Any]], Iterator[Any]]
+_given: list[Any] = []  # in a worker process: [work, shared]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside, so that results do not depend on the machine; the count is restored."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def job_pool(work: Work, shared: Any, workers: int = 1) -> Iterator[MapJobs]:
+    """A function that maps jobs to `work(shared, job)`, lazily and in order, each computed on one thread.
+
+    With `workers` > 1 the jobs run in that many spawned processes; `work` is a module-level function, and
+    `shared` is sent once to each (its tensors should be in shared memory). When the block is left early, by
+    Ctrl-C or by an error, the processes are ended. A process that dies raises DDError.
+    """
+    require_positive("workers", workers)
+    if workers == 1:
+        yield lambda jobs: _here(work, shared, jobs)
+        return
+    others = active_children()
+    context = torch.multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(work, shared))
+    try:
+        yield lambda jobs: _collect([pool.submit(_run, job) for job in jobs])
+    except BrokenProcessPool as error:
+        raise DDError(
+            f"one of {workers} worker processes died while it worked (killed, out of memory, or not started)",
+            "Repeat with workers=1; a script of your own needs `if __name__ == '__main__':` around its calls",
+        ) from error
+    except BaseException:
+        for child in set(active_children()).difference(others):
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _here(work: Work, shared: Any, jobs: Sequence[Any]) -> Iterator[Any]:
+    for job in jobs:
+        with one_thread():
+            result = work(shared, job)
+        yield result
+
+
+def _collect(futures: Sequence[Future]) -> Iterator[Any]:
+    for future in futures:
+        yield future.result()
+
+
+def _start(work: Work, shared: Any) -> None:
+    """What a worker does first: leave Ctrl-C to its parent, end with its parent, keep what all jobs share."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _given[:] = [work, shared]
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _run(job: Any) -> Any:
+    work, shared = _given
+    return work(shared, job)

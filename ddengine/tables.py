@@ -1,0 +1,76 @@
+"""What the judge reports: rows, the table, and the statistics of a row; `to_json` is the `--json` object."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from scipy import stats
+
+from ddengine.bench import Record
+from ddengine.train import Recipe
+
+PROTOCOL = "standard-v1"
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None, tuple[float, float] | None]:
+    """Mean, standard deviation (ddof 1) and Student's 95 % interval of the mean: one value has none."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    std = stdev(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * std / len(values) ** 0.5
+    return mean, std, (mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training set under one network: test accuracies of fresh networks and what they cost.
+
+    `values` are fractions, one for each seed; `trials` the validation accuracy at each rate; `nbytes` the
+    bytes of images, labels and extras; `train_seconds` the sum over all networks of the row.
+    """
+
+    name: str
+    network: str
+    values: tuple[float, ...]
+    steps: int
+    nbytes: Mapping[str, int]
+    lr: float
+    trials: tuple[Record, ...]
+    train_seconds: float
+    count: int
+    ipc: float
+    network_spec: Record
+    seen_by_matcher: bool | None = None
+
+    def to_json(self) -> Record:
+        """The row as plain JSON values, statistics included."""
+        mean, std, ci95 = spread(self.values)
+        head = {"name": self.name, "network": self.network, "metric": "accuracy", "mean": mean, "std": std}
+        body = {"n": len(self.values), "ci95": ci95 and list(ci95), "values": list(self.values)}
+        cost = {"steps": self.steps, "bytes": dict(self.nbytes), "train_seconds": self.train_seconds}
+        choice = {"lr": self.lr, "trials": [dict(trial) for trial in self.trials]}
+        size = {"count": self.count, "ipc": int(self.ipc) if self.ipc == int(self.ipc) else self.ipc}
+        net = {"network_spec": self.network_spec, "seen_by_matcher": self.seen_by_matcher}
+        return head | body | cost | choice | size | net
+
+
+@dataclass(frozen=True)
+class Table:
+    """What `evaluate` found: rows in the order of networks, then of training sets."""
+
+    dataset: str
+    rows: tuple[Row, ...]
+    recipe: Recipe
+    seed: int
+    cost: Record
+    source_matches: bool | None
+    scores: Record = field(default_factory=dict)
+    protocol: str = PROTOCOL
+
+    def to_json(self) -> Record:
+        """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
+        rows = [row.to_json() for row in self.rows]
+        head = {"protocol": self.protocol, "dataset": self.dataset, "rows": rows, "scores": dict(self.scores)}
+        setting = {"recipe": self.recipe.to_dict(), "seed": self.seed, "cost": self.cost}
+        return head | setting | {"source_matches": self.source_matches}

@@ -1,0 +1,280 @@
+"""The core types that all parts share, and the contracts between them.
+
+Letters: n real, m synthetic, k classes, c h w an image, p flat parameters.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddengine.errors import UsageError, require, require_positive
+from ddengine.rng import Rng
+
+Metrics = dict[str, Any]
+Part = Literal["images", "labels", "extras"]
+LABEL_KINDS = ("class", "prob", "logit")
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A ZCA whitening of flattened images: x -> (x - mean) @ matrix, and back with `inverse`. All float32."""
+
+    mean: Float[Tensor, " d"]
+    matrix: Float[Tensor, "d d"]
+    inverse: Float[Tensor, "d d"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What images mean: their shape (c, h, w), class names in label order, and the way into model-input space.
+
+    Pixels in [0, 1] become model input by (x - mean) / std per channel, or by `zca` where that is set.
+    `fingerprint` is the hash of the source data; `licence` is free text, "" when unknown.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str = ""
+    licence: str = ""
+    zca: Whitening | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != self.shape[0] or len(self.std) != self.shape[0] or min(self.std) <= 0:
+            raise UsageError(
+                f"mean {self.mean} and std {self.std} for {self.shape[0]} channels",
+                "Give one mean and one positive std for each channel",
+            )
+
+    def normalise(self, x: Tensor) -> Float[Tensor, "n c h w"]:
+        """Pixels, uint8 or floats in [0, 1], to model-input space (float32)."""
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if self.zca is not None:
+            return ((x.flatten(1) - self.zca.mean.to(x)) @ self.zca.matrix.to(x)).reshape(x.shape)
+        return (x - _channels(self.mean, x)) / _channels(self.std, x)
+
+    def denormalise(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """The inverse of `normalise`, to pixels nominally in [0, 1]; nothing is clamped."""
+        if self.zca is not None:
+            return (x.flatten(1) @ self.zca.inverse.to(x) + self.zca.mean.to(x)).reshape(x.shape)
+        return x * _channels(self.std, x) + _channels(self.mean, x)
+
+    @property
+    def preprocessing(self) -> str:
+        """"zca" or "standard"."""
+        return "standard" if self.zca is None else "zca"
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `x` [n c h w] as uint8 pixels (real data) or float model input (synthetic data).
+
+    `y` holds class numbers [n] (`y_kind` "class") or a row of probabilities or logits per image [n k].
+    Real sets are class-sorted so that a class is one slice; `sorted_by_class` does that.
+    """
+
+    x: Tensor
+    y: Tensor
+    spec: DataSpec
+    y_kind: str = "class"
+
+    def __post_init__(self) -> None:
+        require(self.y_kind, LABEL_KINDS, "y_kind")
+        k = len(self.spec.classes)
+        if tuple(self.x.shape[1:]) != self.spec.shape or len(self.x) != len(self.y):
+            raise UsageError(
+                f"images {tuple(self.x.shape)} and labels {tuple(self.y.shape)} for spec {self.spec.shape}",
+                "Give x [n, c, h, w] of the spec's shape and one label for each image",
+            )
+        if self.y_kind == "class":
+            if self.y.ndim != 1 or (len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < k):
+                raise UsageError(f"class labels outside 0..{k - 1}", "Give one class number [n] for each image")
+        elif tuple(self.y.shape[1:]) != (k,):
+            raise UsageError(f"soft labels of shape {tuple(self.y.shape)}", f"Give labels of shape [n, {k}]")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def classes(self) -> Int[Tensor, " n"]:
+        """Hard class of each image: the label, or the largest soft label."""
+        return self.y if self.y_kind == "class" else self.y.argmax(1)
+
+    @property
+    def counts(self) -> list[int]:
+        """Images in each class, in label order."""
+        return torch.bincount(self.classes.cpu(), minlength=len(self.spec.classes)).tolist()
+
+    def model_input(self, index: Tensor | slice | None = None) -> Float[Tensor, "n c h w"]:
+        """The chosen images in model-input space."""
+        x = self.x if index is None else self.x[index]
+        return self.spec.normalise(x) if x.dtype == torch.uint8 else x
+
+    def take(self, index: Tensor) -> "Images":
+        """The subset at `index`, in that order."""
+        return replace(self, x=self.x[index.to(self.x.device)], y=self.y[index.to(self.y.device)])
+
+    def sorted_by_class(self) -> "Images":
+        """The same images with equal classes side by side, order inside a class kept."""
+        order = self.classes.argsort(stable=True)
+        return self if torch.equal(order, torch.arange(len(order))) else self.take(order)
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on `device`."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def draw(self, generator: torch.Generator, classes: Sequence[int], per_class: int) -> list[Tensor]:
+        """Indices of up to `per_class` images of each class, without replacement. Needs class-sorted images."""
+        counts = self.counts
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        return [
+            starts[c] + torch.randperm(counts[c], generator=generator)[:per_class] for c in classes
+        ]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a synthetic set may hold: images per class, or bytes of images, labels and extras."""
+
+    ipc: int | None = None
+    nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.ipc is None) == (self.nbytes is None):
+            raise UsageError("a budget needs ipc or nbytes, not both and not neither", "Give for example ipc=10")
+        require_positive("ipc" if self.nbytes is None else "budget.nbytes", self.ipc or self.nbytes or 0)
+
+    def images_per_class(self, spec: DataSpec) -> int:
+        """Images per class: `ipc`, or what `nbytes` leaves at one uint8 image and one label byte each."""
+        if self.ipc is not None:
+            return self.ipc
+        assert self.nbytes is not None
+        c, h, w = spec.shape
+        each = c * h * w + 8 * c + label_bytes(len(spec.classes))
+        ipc = self.nbytes // (each * len(spec.classes))
+        if ipc < 1:
+            raise UsageError(
+                f"budget.nbytes={self.nbytes} is less than one image a class",
+                f"Give at least {each * len(spec.classes)} bytes",
+            )
+        return ipc
+
+
+def label_bytes(classes: int) -> int:
+    """Bytes of one stored class number."""
+    return 1 if classes <= 256 else 2 if classes <= 2**15 else 4
+
+
+@runtime_checkable
+class SynthSet(Protocol):
+    """A parametrised synthetic set: free tensors in, labelled images out."""
+
+    @property
+    def spec(self) -> DataSpec: ...
+
+    @property
+    def nbytes(self) -> Mapping[str, int]: ...
+
+    def params(self) -> dict[str, Tensor]: ...
+
+    def replace(self, params: Mapping[str, Tensor]) -> "SynthSet": ...
+
+    def decode(self, indices: Tensor | None = None) -> Images: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a matcher may see: the fit part of a real set, the budget, experts, and where to compute.
+
+    There is no field for validation or test data. `origin` says how the source was loaded (arguments of
+    `ddengine.data.load`), so that a judge can load the same.
+    """
+
+    source: Images
+    budget: Budget
+    experts: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "fp32"
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.precision, ("fp32", "bf16"), "precision")
+        counts = self.source.counts
+        empty = [name for name, n in zip(self.source.spec.classes, counts, strict=True) if n == 0]
+        if empty:
+            raise UsageError(
+                f"class '{empty[0]}' has no image to learn from ({len(empty)} empty classes)",
+                "Add images to that class or remove it",
+            )
+
+    @property
+    def ipc(self) -> int:
+        """Images per class that the budget allows."""
+        return self.budget.images_per_class(self.source.spec)
+
+
+@dataclass
+class Workspace:
+    """What is rebuilt on every start and never saved: the task and data resident on its device."""
+
+    task: Task
+    data: Images
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The only collective: sums a gradient over processes. One process: the tensor itself."""
+        return tensor
+
+    def close(self) -> None:
+        """Release what `prepare` took."""
+        self.extra.clear()
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a matcher can work on."""
+
+    source: str = "images"
+    experts: bool = False
+    batch_norm: bool = False
+
+
+S = TypeVar("S")
+
+
+@runtime_checkable
+class Matcher(Protocol[S]):
+    """An algorithm as a frozen value. `step` leaves its input alone and folds its own number into `rng`."""
+
+    @property
+    def accepts(self) -> Accepts: ...
+
+    def steps(self, task: Task) -> int: ...
+
+    def prepare(self, task: Task, rng: Rng) -> Workspace: ...
+
+    def init(self, task: Task, rng: Rng) -> S: ...
+
+    def step(self, state: S, work: Workspace, rng: Rng) -> tuple[S, Metrics]: ...
+
+    def finish(self, state: S, work: Workspace, rng: Rng) -> SynthSet: ...
+
+
+def fingerprint(x: Tensor, y: Tensor, classes: Sequence[str]) -> str:
+    """SHA-256 over class names, labels and pixel bytes: equal data, equal fingerprint, whatever file it came from."""
+    digest = hashlib.sha256("\0".join(classes).encode())
+    for tensor in (y.to(torch.int64), x):
+        digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""What the pixel matchers share: the start, one gradient over fresh networks in chunks, one momentum step."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ddengine.errors import UsageError, require, require_positive
+from ddengine.nets import build, has_batch_norm, resolve
+from ddengine.nets.core import NetSpec, Network, initialise
+from ddengine.ops import dsa
+from ddengine.rng import Rng
+from ddengine.types import Metrics, SynthSet, Task, Workspace
+from synth import Pixels
+from synth.pixels import CODECS
+from synth.starts import STARTS, start_images
+
+SCHEDULES = ("constant", "cosine", "drop")
+Statistics = Callable[[Network, Tensor], list[Tensor]]
+Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
+
+
+@runtime_checkable
+class DescentOptions(Protocol):
+    """The options that every pixel matcher has under the same names."""
+
+    @property
+    def real_per_class(self) -> int | None: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def schedule(self) -> str | None: ...
+    @property
+    def augment(self) -> str: ...
+    @property
+    def networks_per_step(self) -> int: ...
+    @property
+    def chunk(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class PixelState:
+    """A synthetic set on its way: steps done, the set, and the velocity of each of its free tensors."""
+
+    step: int
+    synth: SynthSet
+    velocity: dict[str, Tensor]
+
+
+def check_options(o: Any) -> None:
+    """Refuse values outside their range among the options that the pixel matchers share (UsageError)."""
+    for key in ("steps", "real_per_class", "networks_per_step", "chunk", "lr"):
+        value = getattr(o, key)
+        if value is not None:
+            require_positive(f"matcher.{key}", value)
+        if key != "lr" and not isinstance(value, int | None):
+            raise UsageError(f"matcher.{key}={value} is out of range", f"Give a whole number for matcher.{key}")
+    require_positive("matcher.momentum", o.momentum, zero=True)
+    require(o.start, STARTS, "matcher.start")
+    require(o.codec, CODECS, "matcher.codec")
+    require(o.networks, ("random",), "matcher.networks")
+    if o.schedule is not None:
+        require(o.schedule, SCHEDULES, "matcher.schedule")
+    if o.augment != "auto":
+        dsa.parse(o.augment)
+
+
+def start(task: Task, rng: Rng, name: str, codec: str) -> PixelState:
+    """Hard-labelled pixels at `task.ipc` images per class from the start called `name`, at rest."""
+    spec = task.source.spec
+    images = start_images(name, task.source, task.ipc, rng.fold("start")).to(task.device)
+    labels = torch.arange(len(spec.classes), device=task.device).repeat_interleave(task.ipc)
+    synth = Pixels(images, labels, spec, codec=codec)
+    return PixelState(0, synth, {key: torch.zeros_like(value) for key, value in synth.params().items()})
+
+
+def workspace(task: Task, network: NetSpec) -> Workspace:
+    """The task with its data resident on the device and one network whose weights each step draws anew."""
+    spec, classes = task.source.spec, len(task.source.spec.classes)
+    net = build(resolve(network, spec.shape), spec.shape, classes, Rng(0).torch("weights"))
+    net = net.to(task.device).to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+    return Workspace(task, task.source.to(task.device), {"net": net, "together": has_batch_norm(net)})
+
+
+def groups(classes: int, per_class: int, chunk: int, together: bool) -> Iterator[Int[Tensor, " g"]]:
+    """Consecutive classes in groups of at most `chunk` images (at least one class); all at once if `together`.
+
+    `per_class` is the larger of the real and the synthetic images of a class.
+    """
+    yield from torch.arange(classes).split(classes if together else max(1, chunk // per_class))
+
+
+def members(classes: Int[Tensor, " n"], count: int) -> list[Tensor]:
+    """The indices of each of `count` classes in a label vector."""
+    return [(classes.cpu() == c).nonzero().squeeze(1) for c in range(count)]
+
+
+def listing(picks: list[Tensor], group: Int[Tensor, " g"]) -> tuple[Tensor, Tensor]:
+    """The picked indices of the classes in `group`, one class after the other, and each one's place in `group`."""
+    chosen = [picks[c] for c in group.tolist()]
+    place = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(p) for p in chosen]))
+    return torch.cat(chosen), place
+
+
+def group_means(
+    pieces: Iterator[tuple[list[Tensor], Int[Tensor, " n"]]], count: int
+) -> list[Float[Tensor, "g _"]]:
+    """Class means of per-image statistics that arrive in pieces, each with its images' places in the group."""
+    sums: list[Tensor] = []
+    numbers = torch.zeros(count)
+    for values, place in pieces:
+        numbers += torch.bincount(place, minlength=count)
+        where = place.to(values[0].device)
+        added = [v.new_zeros(count, v.shape[1]).index_add(0, where, v) for v in values]
+        sums = [s + a for s, a in zip(sums, added, strict=True)] if sums else added
+    return [s / numbers.clamp(min=1).to(s)[:, None] for s in sums]
+
+
+def matching_gradient(
+    synth: SynthSet, work: Workspace, rng: Rng, o: DescentOptions, statistics: Statistics, loss: Loss
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient of `loss` between class means of real and synthetic statistics on one fresh network, and the loss.
+
+    Each class has its own DSA parameters, the same for its real and synthetic images (siamese). Groups of classes
+    are taken in turn and the real images of a group in pieces of `chunk`; with batch norm all classes go together,
+    real and synthetic apart, because the batch is part of the statistics.
+    """
+    spec, device, together = work.data.spec, work.task.device, work.extra["together"]
+    k, per_class = len(spec.classes), o.real_per_class or 1
+    net = initialise(work.extra["net"], rng.torch("weights")).train()
+    strategy = dsa.strategy_for(spec.name) if o.augment == "auto" else o.augment
+    params = dsa.sample(rng.torch("augment"), strategy, k, spec.shape[1:])
+    real = work.data.draw(rng.torch("real"), range(k), per_class)
+    mine = members(synth.decode().classes, k)
+    free = {key: value.detach().requires_grad_() for key, value in synth.params().items()}
+    live = synth.replace(free)
+    total = torch.zeros((), device=device)
+    gradients = {key: torch.zeros_like(value) for key, value in free.items()}
+
+    def measure(x: Tensor, rows: Tensor) -> list[Tensor]:
+        x = dsa.apply(x, params, rows).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=work.task.precision == "bf16"):
+            return statistics(net, x)  # type: ignore[arg-type]
+
+    largest = max(per_class, *(len(m) for m in mine))
+    for group in groups(k, largest, o.chunk, together):
+        index, place = listing(real, group)
+        pieces = torch.arange(len(index)).split(len(index) if together else o.chunk)
+        with torch.no_grad():
+            read = ((work.data.model_input(index[i].to(device)), place[i]) for i in pieces)
+            target = group_means(((measure(x, group[at]), at) for x, at in read), len(group))
+        index, place = listing(mine, group)
+        ours = group_means(iter([(measure(live.decode(index.to(device)).x, group[place]), place)]), len(group))
+        part = loss(target, ours)
+        for key, g in zip(free, torch.autograd.grad(part, list(free.values())), strict=True):
+            gradients[key] += g
+        total = total + part.detach()
+    return gradients, total
+
+
+def step(
+    state: PixelState, work: Workspace, rng: Rng, o: DescentOptions, steps: int, statistics: Statistics, loss: Loss
+) -> tuple[PixelState, Metrics]:
+    """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over fresh networks."""
+    rng = rng.fold("step", state.step)
+    runs = [
+        matching_gradient(state.synth, work, rng.fold(i), o, statistics, loss) for i in range(o.networks_per_step)
+    ]
+    lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
+    params = state.synth.params()
+    velocity, moved = {}, {}
+    for key, value in params.items():
+        gradient = work.reduce(torch.stack([g[key] for g, _ in runs]).mean(0))
+        velocity[key] = o.momentum * state.velocity[key] + gradient
+        moved[key] = (value - lr * velocity[key]).detach()
+    metrics = {"loss": torch.stack([value for _, value in runs]).mean(), "lr": lr}
+    return replace(state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity), metrics
+
+
+def scheduled(lr: float | int, schedule: str, step: int, steps: int) -> float:
+    """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop", the released code)."""
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr
+

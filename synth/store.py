@@ -1,0 +1,297 @@
+"""The distilled set on disk: stored tensors and a sealed manifest, verified whenever they are read."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ddengine import files
+from ddengine.errors import ArtefactError, UsageError
+from ddengine.types import DataSpec, Images, SynthSet, Whitening
+from synth import schema
+from synth.card import data_card
+from synth.forms import FORMS, Form
+from synth.schema import DATA, MANIFEST, damaged
+from synth.sheet import contact_sheet
+
+CARD, PREVIEW = "README.md", "preview.png"
+OURS = {DATA, CARD, PREVIEW, MANIFEST}
+ZCA = ("zca.mean", "zca.matrix", "zca.inverse")
+
+
+@dataclass(frozen=True, eq=False)
+class DistilledSet:
+    """A synthetic set in stored form: `tensors` as they lie in data.safetensors, and what the manifest says.
+
+    What it decodes to is the same bit for bit before saving and after loading. `manifest` has "files" and
+    "seal" only once it was read from disk.
+    """
+
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    @staticmethod
+    def make(synth: SynthSet, *, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> "DistilledSet":
+        """Pack `synth`; `recipe` is how to evaluate it, `provenance` how it was made (plain JSON values).
+
+        Raises UsageError for a set that is empty or not finite, has labels out of range, or no known form.
+        """
+        if not isinstance(synth, Form):
+            raise UsageError(
+                f"a {type(synth).__name__} has no stored form", f"Give one of the forms {', '.join(FORMS)}"
+            )
+        tensors = {name: t.contiguous() for name, t in (synth.pack() | _pack_whitening(synth.spec)).items()}
+        wrong = _whitening_problem(tensors, math.prod(synth.spec.shape))
+        if wrong := wrong or _tensors_problem(tensors, synth.kind, synth.y_kind, synth.spec):
+            raise UsageError(f"this set cannot be stored: {wrong}", "Give finite images and labels in range")
+        declared = {name: _declare(t) for name, t in sorted(tensors.items())}
+        manifest = {
+            "format": schema.FORMAT,
+            "version": schema.VERSION,
+            "kind": synth.kind,
+            "tensors": declared,
+            "dataset": _dataset_fields(synth.spec),
+            "y_kind": synth.y_kind,
+            "count": len(tensors["images"]),
+            "budget": {**schema.part_bytes(declared), "ipc": _ipc(synth)},
+            "recipe": _plain("recipe", recipe),
+            "provenance": _plain("provenance", provenance),
+        }
+        return DistilledSet(tensors, manifest)
+
+    def save(self, folder: Path, overwrite: bool = False) -> Path:
+        """Write data, card, preview and, last, the manifest; the folder appears as a whole. Returns it.
+
+        A folder that holds the same set (but for provenance) is replaced. One that holds another set is
+        replaced only with `overwrite`, one that holds other files never (UsageError).
+        """
+        folder = Path(folder).resolve()
+        files.make_folder(folder.parent)
+        new, old = (folder.parent / f"{files.TEMPORARY}{folder.name}.{age}" for age in ("new", "old"))
+        try:
+            _restore(folder, old)
+            self._require_replaceable(folder, overwrite)
+            for left_over in (new, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            new.mkdir()
+            self._write(new)
+            _swap(folder, new, old)
+        except OSError as error:
+            _restore(folder, old)
+            raise UsageError(
+                f"cannot write {folder}: {error.strerror}", "Choose a writable folder with room for the set"
+            ) from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        return folder
+
+    @staticmethod
+    def load(folder: Path, verify: bool = True) -> "DistilledSet":
+        """Read a set. Manifest and data are always checked; `verify` also checks the card and the preview.
+
+        Raises ArtefactError naming the file for any damage, UsageError when there is no such folder.
+        """
+        folder = Path(folder)
+        if not folder.exists():
+            raise UsageError(f"there is no folder {folder}", "Give the folder of a distilled set")
+        manifest = schema.read_manifest(folder)
+        if manifest["kind"] not in FORMS:
+            raise ArtefactError(
+                f"{folder / MANIFEST} names the unknown kind {manifest['kind']!r}", "Upgrade ddengine"
+            )
+        tensors = _read_data(folder / DATA, manifest)
+        if wrong := _stored_problem(tensors, manifest):
+            raise damaged(folder / DATA, wrong)
+        for name, entry in manifest["files"].items():
+            if verify and name != DATA:
+                _require_file(folder / name, entry)
+        return DistilledSet(tensors, manifest)
+
+    def decode(self, indices: Int[Tensor, " n"] | None = None) -> Images:
+        """The images (all, or at `indices`), float32 in model-input space, with their labels."""
+        return self.synth.decode(indices)
+
+    @property
+    def synth(self) -> Form:
+        """The set in its form, for example to go on distilling it."""
+        stored = {name: t for name, t in self.tensors.items() if name not in ZCA}
+        return FORMS[self.kind].unpack(stored, self.manifest, self.spec)
+
+    @property
+    def spec(self) -> DataSpec:
+        """What the images mean, with the whitening where there is one."""
+        return _spec(self.manifest["dataset"], self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """The stored form, a key of FORMS."""
+        return self.manifest["kind"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return tuple(self.manifest["dataset"]["classes"])
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the tensors by part: images, labels, extras, total (whitening matrices apart)."""
+        return {part: self.manifest["budget"][part] for part in ("images", "labels", "extras", "total")}
+
+    def _require_replaceable(self, folder: Path, overwrite: bool) -> None:
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if foreign := names - OURS:
+            raise UsageError(f"{folder} holds other files, such as {min(foreign)!r}", "Choose another folder")
+        if names and not overwrite and not self._same_as(folder):
+            raise UsageError(
+                f"{folder} holds another distilled set", "Choose another folder, or pass overwrite=True"
+            )
+
+    def _same_as(self, folder: Path) -> bool:
+        try:
+            other = DistilledSet.load(folder)
+        except ArtefactError:
+            return False
+        mine, theirs = ({**s.manifest, "files": 0, "seal": 0, "provenance": 0} for s in (self, other))
+        return mine == theirs and all(torch.equal(t, other.tensors[name]) for name, t in self.tensors.items())
+
+    def _write(self, folder: Path) -> None:
+        entries = {DATA: files.write_tensors(folder / DATA, self.tensors)}
+        files.write_bytes(folder / CARD, data_card(self.manifest).encode())
+        contact_sheet(self.decode(), folder / PREVIEW)
+        for name in (CARD, PREVIEW):
+            entries[name] = {"sha256": files.sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        manifest = {**self.manifest, "files": entries}
+        files.write_json(folder / MANIFEST, {**manifest, "seal": schema.seal(manifest)})
+
+
+def verify(folder: Path) -> list[str]:
+    """Check everything in a saved set: a line for each thing found right, else raises as `load` does."""
+    loaded = DistilledSet.load(folder)
+    manifest = loaded.manifest
+    return [
+        f"{MANIFEST}: {schema.FORMAT} version {manifest['version']}, fields well formed, seal intact",
+        *(f"{name}: {e['bytes']} bytes, SHA-256 as declared" for name, e in manifest["files"].items()),
+        *(f"{name}: {t['dtype']} {t['shape']}, finite" for name, t in manifest["tensors"].items()),
+        f"{manifest['count']} {loaded.kind} images, labels ({manifest['y_kind']}) in range",
+    ]
+
+
+def _ipc(synth: Form) -> int | None:
+    counts = synth.decode().counts
+    return counts[0] if counts[0] and len(set(counts)) == 1 else None
+
+
+def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` as JSON would give it back."""
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        remedy = "Give finite numbers, texts, lists and tables"
+        raise UsageError(f"{name} is not JSON: {error}", remedy) from error
+
+
+def _pack_whitening(spec: DataSpec) -> dict[str, Tensor]:
+    if spec.zca is None:
+        return {}
+    parts = (spec.zca.mean, spec.zca.matrix, spec.zca.inverse)
+    return {name: part.detach().cpu().float() for name, part in zip(ZCA, parts, strict=True)}
+
+
+def _declare(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _dataset_fields(spec: DataSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "shape": list(spec.shape),
+        "classes": list(spec.classes),
+        "mean": [float(v) for v in spec.mean],
+        "std": [float(v) for v in spec.std],
+        "preprocessing": spec.preprocessing,
+        "fingerprint": spec.fingerprint,
+        "licence": spec.licence,
+    }
+
+
+def _spec(dataset: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DataSpec:
+    c, h, w = dataset["shape"]
+    return DataSpec(
+        name=dataset["name"],
+        shape=(c, h, w),
+        classes=tuple(dataset["classes"]),
+        mean=tuple(dataset["mean"]),
+        std=tuple(dataset["std"]),
+        fingerprint=dataset["fingerprint"],
+        licence=dataset["licence"],
+        zca=Whitening(*(tensors[name] for name in ZCA)) if dataset["preprocessing"] == "zca" else None,
+    )
+
+
+def _read_data(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    schema.require_regular(path)
+    try:
+        read = files.read_tensors(path, manifest["files"][DATA])
+    except (RuntimeError, OverflowError) as error:
+        raise damaged(path, type(error).__name__) from error
+    if {name: _declare(t) for name, t in read.items()} != manifest["tensors"]:
+        raise damaged(path, "its tensors are not those that the manifest declares")
+    # Tensors read from a buffer may lie unaligned, on which the last bit of a matrix product can depend.
+    return {name: t.clone() for name, t in read.items()}
+
+
+def _stored_problem(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str | None:
+    dataset = manifest["dataset"]
+    if (dataset["preprocessing"] == "zca") != (set(ZCA) <= set(tensors)):
+        return "whitening tensors and declared preprocessing disagree"
+    wrong = _whitening_problem(tensors, math.prod(dataset["shape"])) or _tensors_problem(
+        tensors, manifest["kind"], manifest["y_kind"], _spec(dataset, tensors)
+    )
+    counted = len(tensors["images"]) == manifest["count"] if wrong is None else True
+    return wrong or (None if counted else "count is not the number of images")
+
+
+def _whitening_problem(tensors: Mapping[str, Tensor], d: int) -> str | None:
+    for name, shape in zip(ZCA, ([d], [d, d], [d, d]), strict=True):
+        part = tensors.get(name)
+        right = {"dtype": "float32", "shape": shape}
+        if part is not None and (_declare(part) != right or not bool(part.isfinite().all())):
+            return f"{name} is not finite float32 {shape}"
+    return None
+
+
+def _tensors_problem(tensors: Mapping[str, Tensor], kind: str, y_kind: str, spec: DataSpec) -> str | None:
+    return FORMS[kind].problem({name: t for name, t in tensors.items() if name not in ZCA}, y_kind, spec)
+
+
+def _require_file(path: Path, entry: Mapping[str, Any]) -> None:
+    schema.require_regular(path)
+    try:
+        intact = path.stat().st_size == entry["bytes"] and files.sha256(path) == entry["sha256"]
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", schema.REMEDY) from error
+    if not intact:
+        raise damaged(path, "its size or SHA-256 is not the manifest's")
+
+
+def _swap(folder: Path, new: Path, old: Path) -> None:
+    """Put `new` in the place of `folder`; `old` holds what was there until it is done."""
+    files.sync_folder(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    files.sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(folder: Path, old: Path) -> None:
+    """Undo a swap that was cut off between its two renames."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)

@@ -1,0 +1,211 @@
+"""Building by name: defaults, refusals, seeds, and what is known of a network before and after."""
+
+import importlib.metadata
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddengine import nets
+from ddengine.errors import UsageError
+from ddengine.nets import (
+    NETWORKS,
+    NetSpec,
+    build,
+    family,
+    find_network,
+    has_batch_norm,
+    reinitialise,
+    resolve,
+)
+
+SMALL = {
+    "convnet": NetSpec("convnet", width=5, norm="batch"), "mlp": NetSpec("mlp", width=7),
+    "lenet": NetSpec("lenet"), "alexnet": NetSpec("alexnet", width=6, norm="group"),
+    "vgg11": NetSpec("vgg11", width=3), "resnet18": NetSpec("resnet18", width=3),
+    "vit": NetSpec("vit", width=10, depth=2),
+}  # fmt: skip
+SHAPE = (3, 11, 17)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Plugin(nn.Module):
+    """A network of another package, with one option."""
+
+    @staticmethod
+    def defaults(shape):
+        return {"width": 11}
+
+    def __init__(self, shape, classes, width):
+        super().__init__()
+        self.classifier = nn.Linear(shape[0] * width, classes)
+
+
+class Buffered(Plugin):
+    """A network with a buffer that no generator can fill."""
+
+    def __init__(self, shape, classes, width):
+        super().__init__(shape, classes, width)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def unnamed(shape, classes):
+    return nn.Linear(shape[0], classes)
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """Three entry points of an installed package that do not exist outside this test."""
+    found = {"plugin": Plugin, "buffered": Buffered, "unnamed": unnamed}
+
+    class Entry(importlib.metadata.EntryPoint):
+        def load(self):
+            return found[self.name]
+
+    entries = [Entry(name, f"package:{name}", "ddengine.networks") for name in found]
+    monkeypatch.setattr(nets, "entry_points", lambda group: [e for e in entries if e.group == group])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_equal_generators_give_equal_weights_and_others_do_not(name):
+    one, two, other = (build(SMALL[name], SHAPE, 5, generator(seed)) for seed in (3, 3, 4))
+    assert equal(one, two) and not equal(one, other)
+    assert all(t.device.type == "cpu" and t.isfinite().all() for t in one.state_dict().values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_building_leaves_the_global_generators_alone(name):
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()
+    build(SMALL[name], SHAPE, 5, generator())
+    after = np.random.get_state()
+    assert torch.equal(before, torch.get_rng_state())
+    assert np.array_equal(numpy_before[1], after[1]) and numpy_before[2:] == after[2:]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_used_network_drawn_again_equals_a_fresh_build(name):
+    net = build(SMALL[name], SHAPE, 5, generator(8))
+    net(torch.randn((3, *SHAPE), generator=generator(1))).sum().backward()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    pointers = [p.data_ptr() for p in net.parameters()]
+    fresh = build(SMALL[name], SHAPE, 5, generator(9))
+    assert not equal(net, fresh)
+    assert reinitialise(net, generator(9)) is net and equal(net, fresh)
+    assert pointers == [p.data_ptr() for p in net.parameters()]
+
+
+def test_the_order_of_draws_continues_in_one_generator():
+    one = generator(2)
+    first, second = (build(SMALL["mlp"], SHAPE, 5, one) for _ in range(2))
+    assert not equal(first, second)
+    assert equal(first, build(SMALL["mlp"], SHAPE, 5, generator(2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("convnet", (3, 32, 32), (128, 3, "instance")),
+        ("convnet", (3, 64, 64), (128, 4, "instance")),
+        ("convnet", (3, 128, 128), (128, 5, "instance")),
+        ("convnet", (1, 8, 64), (128, 2, "instance")),
+        ("mlp", (3, 32, 32), (128, 3, None)),
+        ("lenet", (3, 32, 32), (None, None, None)),
+        ("alexnet", (3, 32, 32), (128, None, "none")),
+        ("vgg11", (3, 32, 32), (64, None, "instance")),
+        ("resnet18", (3, 32, 32), (64, None, "batch")),
+        ("vit", (3, 32, 32), (128, 6, None)),
+    ],
+)
+def test_defaults_are_filled_in_and_stay(name, shape, expected):
+    full = resolve(NetSpec(name), shape)
+    assert (full.width, full.depth, full.norm) == expected
+    assert resolve(full, shape) == full
+
+
+def test_given_options_outrank_defaults():
+    assert resolve(NetSpec("convnet", 9, 2, "none"), (3, 32, 32)) == NetSpec("convnet", 9, 2, "none")
+    assert len(build(NetSpec("convnet", 9, 2, "none"), (3, 32, 32), 5, generator()).convs) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (NetSpec("mlp", norm="batch"), r"network.norm=batch means nothing to network 'mlp'\n.*width, depth"),
+        (NetSpec("vit", norm="none"), r"network.norm=none means nothing to network 'vit'\n.*width, depth"),
+        (NetSpec("lenet", width=9), r"network.width=9 means nothing to network 'lenet'\n.*options are: none"),
+        (NetSpec("alexnet", depth=5), r"network.depth=5 means nothing to network 'alexnet'\n.*width, norm"),
+        (NetSpec("vgg11", depth=8), r"network.depth=8 means nothing to network 'vgg11'\n.*width, norm"),
+        (
+            NetSpec("resnet18", depth=18),
+            r"network.depth=18 means nothing to network 'resnet18'\n.*width, norm",
+        ),
+        (NetSpec("convnett"), r"unknown network 'convnett'\nDid you mean 'convnet'\?.*lenet, mlp, resnet18"),
+    ],
+)
+def test_unknown_names_and_options_that_mean_nothing_are_refused(spec, message):
+    for call in (lambda: resolve(spec, SHAPE), lambda: build(spec, SHAPE, 5, generator())):
+        with pytest.raises(UsageError, match=message):
+            call()
+
+
+def test_images_under_eight_pixels_are_refused():
+    with pytest.raises(UsageError, match=r"7x9 pixels are too small for a network\nEnlarge"):
+        build(NetSpec(), (3, 7, 9), 5, generator())
+
+
+@pytest.mark.parametrize(("classes", "channels"), [(0, 3), (5, 0)])
+def test_no_classes_and_no_channels_are_refused(classes, channels):
+    with pytest.raises(UsageError, match="=0 is out of range"):
+        build(NetSpec(), (channels, 9, 9), classes, generator())
+
+
+def test_batch_norm_is_known_from_a_spec_and_from_a_network():
+    with_it = {name for name in NETWORKS if has_batch_norm(NetSpec(name))}
+    assert with_it == {"resnet18"}
+    for name, norm, expected in (
+        ("convnet", "batch", True),
+        ("vgg11", "layer", False),
+        ("resnet18", "instance", False),
+    ):
+        spec = NetSpec(name, width=3, norm=norm)
+        assert has_batch_norm(spec) == has_batch_norm(build(spec, SHAPE, 5, generator())) == expected
+    assert has_batch_norm(NetSpec("convnet", depth=7, norm="batch")), (
+        "a depth for larger images is no obstacle"
+    )
+
+
+def test_family_is_the_name_without_its_numbers():
+    names = {
+        **{name: name for name in NETWORKS},
+        "vgg11": "vgg",
+        "resnet18": "resnet",
+        "resnet50": "resnet",
+        "": "",
+    }
+    assert {name: family(name) for name in names} == names
+
+
+def test_networks_of_other_packages_are_found_and_named(plugins):
+    assert find_network("plugin") is Plugin
+    assert resolve(NetSpec("plugin"), SHAPE) == NetSpec("plugin", width=11)
+    assert build(NetSpec("plugin", width=4), SHAPE, 5, generator()).classifier.weight.shape == (5, 12)
+    with pytest.raises(UsageError, match=r"Did you mean 'plugin'\?"):
+        find_network("plugins")
+
+
+def test_networks_of_other_packages_that_cannot_be_built_are_refused(plugins):
+    with pytest.raises(UsageError, match=r"'unnamed' of package:unnamed has no defaults"):
+        find_network("unnamed")
+    with pytest.raises(UsageError, match="'buffered' has the buffer 'table'"):
+        build(NetSpec("buffered"), SHAPE, 5, generator())

@@ -1,0 +1,75 @@
+import os
+import signal
+import time
+from multiprocessing import active_children
+
+import pytest
+import torch
+
+from ddengine.errors import DDError, UsageError
+from ddengine.parallel import job_pool, one_thread
+
+
+def scaled(shared, job):
+    if job == 0:
+        raise UsageError(f"job {job} is wrong", "Give another")
+    return shared * job if job > 0 else os._exit(9)
+
+
+def threads(shared, job):
+    return torch.get_num_threads(), os.getpid()
+
+
+def naps(shared, job):
+    time.sleep(job)
+    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_inside_and_the_former_count_afterwards(two_threads):
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == 2
+
+
+def test_jobs_run_in_order_and_on_one_thread_in_this_process(two_threads):
+    with job_pool(scaled, 3.0) as results:
+        assert list(results([2, 1])) == [6.0, 3.0]
+    with job_pool(threads, None) as results:
+        assert list(results([0])) == [(1, os.getpid())]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_pool_maps_twice_passes_on_errors_and_does_not_hang_on_a_dead_worker():
+    shared = torch.tensor([1.0, 2.0]).share_memory_()
+    with pytest.raises(DDError, match="worker processes") as dead, job_pool(scaled, shared, 2) as results:
+        assert [r.tolist() for r in results([3])] == [[3, 6]]
+        assert [r.tolist() for r in results([5])] == [[5, 10]]
+        with pytest.raises(UsageError) as refused:
+            list(results([0]))
+        list(results([-1]))
+    assert (refused.value.cause, refused.value.remedy) == ("job 0 is wrong", "Give another")
+    assert "workers=1" in dead.value.remedy
+    assert not active_children()
+
+
+def test_ctrl_c_ends_the_workers_at_once():
+    with pytest.raises(KeyboardInterrupt), job_pool(naps, None, workers=2) as results:
+        assert list(results([0])) == [True]
+        results([600])
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 10 and not active_children()
+
+
+def test_less_than_one_worker_is_refused():
+    with pytest.raises(UsageError, match="workers=0"), job_pool(scaled, 1, workers=0):
+        pass

@@ -1,0 +1,323 @@
+"""Damaged and hostile distilled sets: refused with ArtefactError naming the file, never another exception."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddengine import files
+from ddengine.errors import ArtefactError
+from ddengine.types import Whitening
+from synth import DistilledSet, Subset, schema, verify
+
+FILES = ("README.md", "data.safetensors", "manifest.json", "preview.png")
+
+
+def refuse(folder, name: str = "") -> ArtefactError:
+    with pytest.raises(ArtefactError) as caught:
+        verify(folder)
+    assert name in caught.value.cause and caught.value.remedy and "\n" not in caught.value.cause
+    return caught.value
+
+
+def forge(folder, tensors=None, honest=True, **changes):
+    """Rewrite a set as an attacker would: hashes, sizes and seal agree with what is in it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if tensors is not None:
+        manifest["files"]["data.safetensors"] = files.write_tensors(folder / "data.safetensors", tensors)
+        if honest:
+            declared = {
+                n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in tensors.items()
+            }
+            manifest["tensors"] = declared
+            if all(t["dtype"] in schema.DTYPES for t in declared.values()):
+                manifest["budget"] |= schema.part_bytes(declared)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = manifest
+        for name in parents:
+            place = place[name]
+        place[last] = value
+    files.write_json(folder / "manifest.json", {**manifest, "seal": schema.seal(manifest)})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_sampled_bit_flip_is_refused(saved, name):
+    data = (saved / name).read_bytes()
+    places = torch.randint(0, 8 * len(data), (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    for place in {*places, 0, 8 * len(data) - 1}:
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        (saved / name).write_bytes(flipped)
+        refuse(saved, name)
+    (saved / name).write_bytes(data)
+    assert verify(saved)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_sampled_truncation_and_extension_is_refused(saved, name):
+    data = (saved / name).read_bytes()
+    for length in {*range(0, len(data), max(1, len(data) // 40)), len(data) - 1}:
+        (saved / name).write_bytes(data[:length])
+        refuse(saved, name)
+    for more in (b"\0", b"\n", b" "):
+        (saved / name).write_bytes(data + more)
+        refuse(saved, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("what", ["missing", "folder", "link", "dangling link"])
+def test_files_that_are_no_files_are_refused(saved, name, what):
+    (saved / name).rename(saved.parent / "real")
+    if what == "folder":
+        (saved / name).mkdir()
+    elif what != "missing":
+        (saved / name).symlink_to(saved.parent / ("real" if what == "link" else "nothing"))
+    refuse(saved, name)
+
+
+def test_without_verify_card_and_preview_may_be_edited_but_data_may_not(saved):
+    (saved / "README.md").write_text("my own words")
+    (saved / "preview.png").unlink()
+    assert len(DistilledSet.load(saved, verify=False).decode()) == 11
+    data = bytearray((saved / "data.safetensors").read_bytes())
+    data[-1] ^= 1
+    (saved / "data.safetensors").write_bytes(data)
+    with pytest.raises(ArtefactError, match=r"data\.safetensors"):
+        DistilledSet.load(saved, verify=False)
+
+
+def test_a_newer_version_asks_for_an_upgrade(saved):
+    forge(saved, version=2)
+    assert "Upgrade" in refuse(saved, "manifest.json").remedy
+
+
+def test_edited_text_is_refused_even_where_it_means_the_same(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    refuse(saved, "changed after it was sealed")
+
+
+def test_a_forged_set_with_nothing_wrong_is_accepted(saved):
+    forge(saved, DistilledSet.load(saved).tensors)
+    assert verify(saved)
+
+
+HOSTILE = [
+    *({name: value} for name in ("format", "kind", "y_kind") for value in (None, 3, [], "x", {})),
+    *({"version": value} for value in (0, -1, True, "1", 1.0, None, 10**30)),
+    *({"count": value} for value in (0, 12, -1, 1e3, True, None, 2**80)),
+    *({f"dataset__{name}": 5} for name in ("name", "shape", "classes", "mean", "std", "fingerprint", "licence")),
+    *({"dataset__shape": v} for v in ([3, 7], [3, 7, 0], [3, 5, 7], [-3, -7, 5], [3, 7, 2**60], [3.0, 7, 5], [True] * 3)),
+    *({"dataset__std": v} for v in ([0.0] * 3, [0.1] * 2, [-1.0] * 3, [1e-300] * 3, ["a"] * 3, [10**400] * 3)),
+    *({"dataset__mean": v} for v in ([], [0.1] * 4, [None] * 3, [[]] * 3)),
+    *({"dataset__classes": v} for v in ([], ["a"], ["a", "b", 3, "c", "d"], {"a": 1}, "abcde")),
+    *({"dataset__preprocessing": v} for v in ("zca", "none", None)),
+    *({"budget__total": v} for v in (-1, 0, 5, "9", None)),
+    *({"budget__ipc": v} for v in (0, -2, "1", 1.5)),
+    *({"tensors": v} for v in ({}, [], None, {"images": {}}, {"../images": {"dtype": "uint8", "shape": [1]}})),
+    *({"tensors__images__shape": v} for v in ([], [0], [-11, 3, 7, 5], [2**50] * 9, "x", [11, 3, 7, 5.0])),
+    *({"tensors__images__dtype": v} for v in ("object", "float64", None, ["uint8"], "float32")),
+    *({"files": v} for v in ({}, [], None, {"data.safetensors": None})),
+    *({"files__../../x": {"sha256": "0" * 64, "bytes": 3}, "recipe": {"n": n}} for n in range(1)),
+    *({f"files__{name}": {"sha256": "0" * 64, "bytes": 3}} for name in ("/etc/passwd", "a/b", "..", ".", "", "a\0", "a\n")),
+    *({"files__data.safetensors__bytes": v} for v in (-1, 0, 2**70, "5", None, 1.5, True)),
+    *({"files__data.safetensors__sha256": v} for v in ("", "0" * 63, "g" * 64, 7, None)),
+    *({name: value} for name in ("recipe", "provenance") for value in (None, [], "x", 3)),
+    {"surprise": 1},
+    {"dataset__surprise": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=lambda c: ascii(c)[:60])
+def test_hostile_manifests_are_refused(saved, changes):
+    forge(saved, **changes)
+    refuse(saved)
+
+
+def test_every_missing_field_is_refused(saved):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for where in ((), ("dataset",), ("budget",), ("tensors", "images"), ("files", "README.md")):
+        table = manifest
+        for name in where:
+            table = table[name]
+        for name in list(table):
+            kept = table.pop(name)
+            sealed = {**manifest, "seal": schema.seal(manifest)} if (where, name) != ((), "seal") else manifest
+            files.write_json(saved / "manifest.json", sealed)
+            refuse(saved, "manifest.json")
+            table[name] = kept
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "1e999", "{", '{"a":1}', "[" * 100000, '"\\ud800"', "9" * 5000, "\ufeff{}", "NaN"]
+)
+def test_manifests_that_are_no_tables_are_refused(saved, text):
+    (saved / "manifest.json").write_text(text)
+    refuse(saved, "manifest.json")
+
+
+def test_manifests_with_a_key_twice_or_nan_or_deep_nesting_are_refused(saved):
+    text = (saved / "manifest.json").read_text()
+    twice = text.replace('"count": 11', '"count": 12,\n "count": 11')
+    deep = text.replace('"seed": 5', '"seed": ' + "[" * 900 + "]" * 900)
+    for hostile in (twice, text.replace('"seed": 5', '"seed": NaN'), deep):
+        assert hostile != text
+        (saved / "manifest.json").write_text(hostile)
+        refuse(saved, "manifest.json")
+
+
+def with_value(tensors, name, index, value):
+    changed = {n: t.clone() for n, t in tensors.items()}
+    changed[name][index] = value
+    return changed
+
+
+TENSORS = {
+    "label out of range": lambda t: with_value(t, "labels", 3, 5),
+    "offset NaN": lambda t: with_value(t, "images.offset", (2, 1), float("nan")),
+    "scale infinite": lambda t: with_value(t, "images.scale", (2, 1), float("inf")),
+    "scale negative": lambda t: with_value(t, "images.scale", (2, 1), -1.0),
+    "scale overflows when decoded": lambda t: with_value(t, "images.scale", (2, 1), 3e38),
+    "rate NaN": lambda t: {**t, "student_lr": torch.tensor(float("nan"))},
+    "rate negative": lambda t: {**t, "student_lr": torch.tensor(-1.0)},
+    "rate a vector": lambda t: {**t, "student_lr": torch.ones(2)},
+    "labels missing": lambda t: {n: v for n, v in t.items() if n != "labels"},
+    "images missing": lambda t: {n: v for n, v in t.items() if n != "images"},
+    "scale missing": lambda t: {n: v for n, v in t.items() if n != "images.scale"},
+    "tensor unknown": lambda t: {**t, "code": torch.zeros(3)},
+    "one label too few": lambda t: {**t, "labels": t["labels"][:10]},
+    "labels float": lambda t: {**t, "labels": t["labels"].float()},
+    "labels int64": lambda t: {**t, "labels": t["labels"].long()},
+    "images transposed": lambda t: {**t, "images": t["images"].transpose(2, 3)},
+    "images flat": lambda t: {**t, "images": t["images"].flatten(1)},
+    "images a number": lambda t: {**t, "images": torch.tensor(3, dtype=torch.uint8)},
+    "images int32": lambda t: {**t, "images": t["images"].int()},
+    "images empty": lambda t: {n: v if v.ndim == 0 else v[:0] for n, v in t.items()},
+    "floats with offsets": lambda t: {**t, "images": t["images"].float()},
+    "fewer images than counted": lambda t: {n: v if v.ndim == 0 else v[:10] for n, v in t.items()},
+    "scale transposed": lambda t: {**t, "images.scale": t["images.scale"].T},
+    "half a whitening": lambda t: {**t, "zca.mean": torch.zeros(105)},
+    "a thousand tensors": lambda t: {**t, **{f"images.x{'a' * i}": torch.zeros(1) for i in range(100)}},
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_hostile_tensors_are_refused(saved, case):
+    forge(saved, TENSORS[case](DistilledSet.load(saved).tensors))
+    refuse(saved)
+
+
+def test_tensors_that_are_not_the_declared_ones_are_refused(saved):
+    tensors = DistilledSet.load(saved).tensors
+    for changed in ({**tensors, "labels": tensors["labels"].to(torch.int8)}, {**tensors, "label": tensors["labels"]}):
+        forge(saved, changed, honest=False)
+        refuse(saved)
+
+
+def test_hostile_whitenings_are_refused(tmp_path, pixels):
+    d = 3 * 7 * 5
+    zca = Whitening(torch.zeros(d), torch.eye(d), torch.eye(d))
+    spec = pixels.spec
+    white = type(spec)(spec.name, spec.shape, spec.classes, spec.mean, spec.std, zca=zca)
+    made = DistilledSet.make(type(pixels)(pixels.images, pixels.labels, white), recipe={}, provenance={})
+    folder = made.save(tmp_path / "white")
+    bad = {"zca.mean": torch.zeros(d - 1), "zca.matrix": torch.eye(d).half(), "zca.inverse": torch.eye(d) * torch.inf}
+    for name, tensor in bad.items():
+        forge(folder, {**made.tensors, name: tensor})
+        refuse(folder, name)
+    forge(folder, made.tensors, dataset__preprocessing="standard")
+    refuse(folder, "whitening")
+
+
+def test_hostile_subsets_are_refused(tmp_path, digits):
+    made = DistilledSet.make(Subset.of(digits, torch.tensor([1, 7, 9])), recipe={}, provenance={})
+    folder = made.save(tmp_path / "subset")
+    t = made.tensors
+    bad = (
+        {**t, "indices": t["indices"] - 5},
+        {**t, "indices": t["indices"][:2]},
+        {**t, "images": t["images"].float()},
+        {**t, "labels": t["labels"] + 10},
+        {"images": t["images"], "labels": t["labels"]},
+    )
+    for tensors in bad:
+        forge(folder, tensors)
+        refuse(folder)
+    forge(folder, t, y_kind="prob")
+    refuse(folder)
+
+
+@pytest.mark.parametrize("low", [-0.1, 1.1, float("nan"), float("inf")])
+def test_probabilities_out_of_range_are_refused(tmp_path, pixels, low):
+    soft = type(pixels)(pixels.images, torch.full((11, 5), 0.2), pixels.spec, "prob")
+    made = DistilledSet.make(soft, recipe={}, provenance={})
+    folder = made.save(tmp_path / "soft")
+    forge(folder, with_value(made.tensors, "labels", (3, 2), low))
+    refuse(folder, "labels")
+
+
+HEADERS = {
+    "claims a gigabyte": b'{"images":{"dtype":"U8","shape":[1073741824],"data_offsets":[0,1073741824]}}',
+    "overlaps": b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
+    "negative shape": b'{"images":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}',
+    "unknown type": b'{"images":{"dtype":"Q9","shape":[1],"data_offsets":[0,1]}}',
+    "overflowing shape": b'{"images":{"dtype":"U8","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,0]}}',
+    "no table": b"[]",
+    "not JSON": b"{",
+    "key twice": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("length", ["true", "too long", "huge"])
+def test_hostile_safetensors_headers_are_refused(saved, header, length):
+    text = HEADERS[header]
+    claimed = {"true": len(text), "too long": len(text) + 10**6, "huge": 2**63}[length]
+    data = claimed.to_bytes(8, "little") + text
+    data += bytes(max(0, 1600 - len(data)))
+    (saved / "data.safetensors").write_bytes(data)
+    digest = files.sha256(saved / "data.safetensors")
+    forge(saved, **{"files__data.safetensors": {"sha256": digest, "bytes": len(data)}})
+    refuse(saved, "data.safetensors")
+
+
+def test_a_data_file_much_larger_than_its_tensors_is_refused_unread(saved, monkeypatch):
+    def never(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(safetensors.torch, "load", never)
+    with (saved / "data.safetensors").open("ab") as file:
+        file.truncate(3 << 20)
+    forge(saved, **{"files__data.safetensors__bytes": 3 << 20})
+    refuse(saved, "cannot have")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = [
+    "format", "version", "kind", "y_kind", "count", "seal", "tensors", "tensors__images", "tensors__images__shape",
+    "tensors__labels__dtype", "files", "files__README.md", "files__data.safetensors", "files__preview.png__bytes",
+    "dataset", "dataset__shape", "dataset__mean", "dataset__std", "dataset__classes", "dataset__preprocessing",
+    "budget", "budget__images", "budget__preprocessing",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(PLACES), value=JSON)
+def test_random_values_in_a_sealed_manifest_raise_nothing_else(saved, place, value):
+    copy = saved.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved, copy)
+    forge(copy, **{place: value})
+    if place == "seal":
+        assert verify(copy)  # the forger seals last
+    else:
+        refuse(copy)

@@ -1,0 +1,257 @@
+"""Distilled sets on disk: round trips, the manifest, the card, replacing what is there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddengine import files
+from ddengine.errors import ArtefactError, UsageError
+from ddengine.types import DataSpec, Whitening
+from synth import DistilledSet, Pixels, Subset, verify
+
+NO_NOTES = {"recipe": {}, "provenance": {}}
+FILES = ["README.md", "data.safetensors", "manifest.json", "preview.png"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def whitening(d: int) -> Whitening:
+    g = torch.Generator().manual_seed(d)
+    matrix = torch.randn(d, d, generator=g) + 5 * torch.eye(d)
+    return Whitening(torch.randn(d, generator=g), matrix, matrix.inverse())
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(*[st.sampled_from([1, 2, 3, 5])] * 3),
+    m=st.integers(1, 5),
+    codec=st.sampled_from(["fp32", "fp16", "uint8"]),
+    y_kind=st.sampled_from(["class", "prob", "logit"]),
+    zca=st.booleans(),
+    labels=st.lists(st.text(max_size=9), min_size=1, max_size=5),
+    seed=st.integers(0, 2**31),
+)
+def test_loading_gives_back_every_bit(tmp_path_factory, shape, m, codec, y_kind, zca, labels, seed):
+    g, k, c = torch.Generator().manual_seed(seed), len(labels), shape[0]
+    matrices = whitening(c * shape[1] * shape[2]) if zca else None
+    spec = DataSpec("n", shape, tuple(labels), (1 / 3,) * c, (0.1,) * c, "ab", "none", matrices)
+    y = torch.randint(0, k, (m,), generator=g) if y_kind == "class" else torch.rand((m, k), generator=g)
+    x = torch.randn((m, *shape), generator=g)
+    made = DistilledSet.make(Pixels(x, y, spec, y_kind, codec), recipe={"a": (1, 2.5)}, provenance={})
+    loaded = DistilledSet.load(made.save(tmp_path_factory.mktemp("set") / "distilled"))
+    before, after = made.decode(), loaded.decode()
+    assert torch.equal(before.x, after.x) and torch.equal(before.y, after.y) and after.y_kind == y_kind
+    assert {n: v for n, v in loaded.manifest.items() if n not in ("files", "seal")} == made.manifest
+    assert replace(loaded.spec, zca=None) == replace(spec, zca=None)
+    if matrices is not None:
+        for part in ("mean", "matrix", "inverse"):
+            assert torch.equal(getattr(loaded.spec.zca, part), getattr(matrices, part))
+
+
+def test_a_whitened_subset_decodes_to_the_same_bits(tmp_path, digits):
+    source = replace(digits, spec=replace(digits.spec, zca=whitening(64)))
+    made = DistilledSet.make(Subset.of(source, torch.tensor([1, 500, 1700])), **NO_NOTES)
+    loaded = DistilledSet.load(made.save(tmp_path / "set"))
+    assert torch.equal(loaded.decode().x, made.decode().x)
+    assert torch.equal(loaded.decode().x, source.model_input(torch.tensor([1, 500, 1700])))
+    assert loaded.kind == "subset" and torch.equal(loaded.synth.indices, torch.tensor([1, 500, 1700]))
+
+
+def test_a_set_holds_the_bytes_it_reports(saved, pixels):
+    loaded = DistilledSet.load(saved)
+    sizes = {name: t.numel() * t.element_size() for name, t in loaded.tensors.items()}
+    assert loaded.nbytes == pixels.nbytes and loaded.nbytes["total"] == sum(sizes.values())
+
+
+def test_whitening_matrices_are_reported_but_not_in_the_budget(pixels):
+    d = 3 * 7 * 5
+    white = replace(pixels, spec=replace(pixels.spec, zca=whitening(d)))
+    made = DistilledSet.make(white, **NO_NOTES)
+    assert made.nbytes == pixels.nbytes and made.manifest["budget"]["preprocessing"] == 4 * (d + 2 * d * d)
+
+
+def test_what_a_set_says_of_itself_is_true(saved, pixels):
+    loaded = DistilledSet.load(saved)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert names(saved) == FILES and loaded.manifest == manifest
+    assert (loaded.kind, loaded.classes, loaded.spec) == ("pixels", pixels.spec.classes, pixels.spec)
+    assert manifest["dataset"]["shape"] == [3, 7, 5] and manifest["count"] == 11
+    assert manifest["recipe"] == {"lr": 0.01} and manifest["provenance"] == {"seed": 5}
+    assert loaded.synth.student_lr == pytest.approx(0.0123, rel=1e-6)
+    for name, entry in manifest["files"].items():
+        assert entry == {"sha256": files.sha256(saved / name), "bytes": (saved / name).stat().st_size}
+
+
+@pytest.mark.parametrize(("labels", "ipc"), [([0, 1, 2, 3, 4] * 2, 2), ([0, 0, 1, 1, 2, 2, 3, 3, 4, 0], None)])
+def test_the_budget_names_images_per_class_only_where_all_classes_have_as_many(pixels, labels, ipc):
+    made = DistilledSet.make(replace(pixels, images=pixels.images[:10], labels=torch.tensor(labels)), **NO_NOTES)
+    assert made.manifest["budget"]["ipc"] == ipc
+
+
+def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
+    DistilledSet.load(saved).save(tmp_path / "again")
+    assert all((saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in FILES)
+
+
+def test_verify_says_what_it_checked(saved):
+    lines = "\n".join(verify(saved))
+    for part in ("seal intact", "data.safetensors", "preview.png", "images: uint8 [11, 3, 7, 5]", "student_lr"):
+        assert part in lines
+
+
+def test_the_preview_is_a_picture(saved):
+    with Image.open(saved / "preview.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 100 and image.height > 5 * 48
+
+
+def test_the_card_tells_what_a_reader_needs(saved):
+    card = (saved / "README.md").read_text()
+    for part in ("CC0", "ant, bee, cat", "images 1419", "labels 11", "extras 4", '"lr": 0.01', '"seed": 5'):
+        assert part in card
+    assert "3 x 7 x 5" in card and "preview.png" in card and "privacy" in card
+
+
+def test_the_loading_code_of_the_card_runs(saved):
+    code = (saved / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) == 3
+    scope: dict = {}
+    exec(code.replace("path/to/this/folder", str(saved)), scope)
+    assert scope["x"].shape == (11, 3, 7, 5) and scope["y"].shape == (11,)
+
+
+def test_names_cannot_become_markup_in_the_card(pixels, tmp_path):
+    evil = ("<script>alert(1)</script>", "[x](javascript:y)", "a\n# b", "```", "\udcff|")
+    spec = replace(pixels.spec, name="*b*", classes=evil, licence="<b>")
+    made = DistilledSet.make(replace(pixels, spec=spec), recipe={"x": "```\n<script>"}, provenance={})
+    card = (made.save(tmp_path / "set") / "README.md").read_text()
+    outside = "".join(card.split("```json")[0].split("```python")[0])
+    assert "<" not in outside and "\n# b" not in card and "[x](" not in card and "*b*" not in outside.replace("\\*", "")
+    assert DistilledSet.load(tmp_path / "set").classes == evil
+
+
+def test_decode_takes_indices(saved):
+    loaded = DistilledSet.load(saved)
+    pick = torch.tensor([10, 0, 3])
+    assert torch.equal(loaded.decode(pick).x, loaded.decode().x[pick])
+    assert torch.equal(loaded.decode(pick).y, loaded.decode().y[pick])
+
+
+def test_an_equal_set_may_be_saved_again_whatever_its_provenance(saved, pixels):
+    DistilledSet.make(pixels, recipe={"lr": 0.01}, provenance={"seconds": 7}).save(saved)
+    assert DistilledSet.load(saved).manifest["provenance"] == {"seconds": 7}
+
+
+@pytest.mark.parametrize("change", ["pixels", "recipe"])
+def test_another_set_is_replaced_only_when_told(saved, pixels, change):
+    other = replace(pixels, images=pixels.images + 1) if change == "pixels" else pixels
+    made = DistilledSet.make(other, recipe={"lr": 0.01 if change == "pixels" else 0.02}, provenance={})
+    before = {name: (saved / name).read_bytes() for name in FILES}
+    with pytest.raises(UsageError, match="holds another distilled set"):
+        made.save(saved)
+    assert before == {name: (saved / name).read_bytes() for name in FILES}
+    made.save(saved, overwrite=True)
+    assert torch.equal(DistilledSet.load(saved).decode().x, made.decode().x)
+    assert names(saved.parent) == ["distilled"]
+
+
+def test_a_damaged_set_is_replaced_only_when_told(saved, pixels):
+    (saved / "data.safetensors").write_bytes(b"")
+    made = DistilledSet.make(pixels, recipe={"lr": 0.01}, provenance={"seed": 5})
+    with pytest.raises(UsageError, match="holds another"):
+        made.save(saved)
+    verify(made.save(saved, overwrite=True))
+
+
+def test_folders_of_other_files_are_never_replaced(pixels, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    made = DistilledSet.make(pixels, **NO_NOTES)
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        made.save(tmp_path, overwrite=True)
+    with pytest.raises(UsageError, match="cannot write"):
+        made.save(tmp_path / "thesis.tex", overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(pixels, tmp_path):
+    (tmp_path / "empty").mkdir()
+    made = DistilledSet.make(pixels, **NO_NOTES)
+    for folder in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
+        assert names(made.save(folder)) == FILES
+
+
+@pytest.mark.parametrize("failing", ["write_tensors", "write_json", "sync_folder", "sha256"])
+def test_a_failing_disk_leaves_the_earlier_set_and_no_rubbish(saved, pixels, monkeypatch, failing):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    before = {name: (saved / name).read_bytes() for name in FILES}
+    made = DistilledSet.make(replace(pixels, images=pixels.images + 1), **NO_NOTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, failing, no_space)
+        with pytest.raises(UsageError, match="No space left"):
+            made.save(saved, overwrite=True)
+    assert before == {name: (saved / name).read_bytes() for name in FILES}
+    assert names(saved.parent) == ["distilled"]
+    verify(made.save(saved, overwrite=True))
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_between_the_renames_loses_nothing(saved, pixels, monkeypatch, renames):
+    class Killed(BaseException):
+        pass
+
+    real, done = Path.rename, []
+
+    def rename(path, target):
+        if len(done) == renames:
+            raise Killed
+        done.append(target)
+        return real(path, target)
+
+    old = DistilledSet.load(saved)
+    made = DistilledSet.make(replace(pixels, images=pixels.images + 1), **NO_NOTES)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", rename)
+        made.save(saved, overwrite=True)
+    with pytest.raises(UsageError, match="holds another"):
+        made.save(saved)
+    assert torch.equal(DistilledSet.load(saved).decode().x, old.decode().x)
+    made.save(saved, overwrite=True)
+    assert names(saved.parent) == ["distilled"]
+
+
+def test_the_manifest_is_written_last(pixels, tmp_path, monkeypatch):
+    written = []
+    real = files.write_bytes
+    monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path.name), real(path, data))[1])
+    DistilledSet.make(pixels, **NO_NOTES).save(tmp_path / "set")
+    assert sorted(written) == FILES and written[-1] == "manifest.json"
+
+
+@pytest.mark.parametrize("notes", [{"lr": float("nan")}, {"path": Path()}, {"x": torch.zeros(1)}], ids=str)
+def test_notes_that_are_not_json_are_refused(pixels, notes):
+    with pytest.raises(UsageError, match="recipe is not JSON"):
+        DistilledSet.make(pixels, recipe=notes, provenance={})
+
+
+def test_sets_that_no_reader_would_accept_are_refused_when_made(pixels):
+    soft = replace(pixels, labels=torch.full((11, 5), -0.1), y_kind="prob")
+    for bad, cause in ((soft, r"outside 0\.\.1"), (replace(pixels, images=pixels.images[:0], labels=pixels.labels[:0]), "")):
+        with pytest.raises(UsageError, match=cause):
+            DistilledSet.make(bad, **NO_NOTES)
+
+
+def test_a_missing_folder_is_the_users_mistake_and_a_missing_manifest_is_damage(tmp_path):
+    with pytest.raises(UsageError, match="there is no folder"):
+        DistilledSet.load(tmp_path / "nowhere")
+    with pytest.raises(ArtefactError, match=r"manifest\.json is missing"):
+        DistilledSet.load(tmp_path)
