@@ -59,7 +59,9 @@ def rebuild(template: S, values: Mapping[str, Any], path: str = "") -> S:
     children = _children(template)
     if children is None:
         if path not in values or isinstance(template, Tensor) != isinstance(values[path], Tensor):
-            raise ArtefactError(f"the checkpoint has no '{path}' of the right kind", "Remove it and repeat the command")
+            raise ArtefactError(
+                f"the checkpoint has no '{path}' of the right kind", "Remove it and repeat the command"
+            )
         value = values[path]
         # A copy, since tensors read from a buffer may lie unaligned, on which the last bit of a product can depend.
         return value.to(template.device, copy=True) if isinstance(template, Tensor) else value
@@ -87,13 +89,21 @@ def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         entry = files.write_tensors(work / "state.safetensors", tensors)
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "plain": plain, "state.safetensors": entry}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "plain": plain,
+            "state.safetensors": entry,
+        }
         manifest["extra"] = dict(extra)
         files.write_json(work / "manifest.json", {**manifest, "seal": _seal(manifest)})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(work, target)
     except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror}", "Free some room, then repeat the command") from error
+        raise UsageError(
+            f"cannot write {target}: {error.strerror}", "Free some room, then repeat the command"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     files.sync_folder(folder)
@@ -118,8 +128,14 @@ def load(folder: Path, step: int, template: S) -> tuple[S, dict[str, Any]]:
     """The state of `step` in the template's form, on the template's devices, and its `extra` (else ArtefactError)."""
     path = folder / f"step_{step:06d}"
     manifest = files.read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ArtefactError(f"{path} is not a checkpoint of version {VERSION}", "Remove it and repeat the command")
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.get("version") != VERSION
+    ):
+        raise ArtefactError(
+            f"{path} is not a checkpoint of version {VERSION}", "Remove it and repeat the command"
+        )
     try:
         if _seal(manifest) != manifest["seal"]:
             raise ArtefactError(f"{path / 'manifest.json'} was changed", "Remove it and repeat the command")
@@ -128,7 +144,9 @@ def load(folder: Path, step: int, template: S) -> tuple[S, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ArtefactError):
             raise
-        raise ArtefactError(f"{path} is damaged: {type(error).__name__}", "Remove it and repeat the command") from error
+        raise ArtefactError(
+            f"{path} is damaged: {type(error).__name__}", "Remove it and repeat the command"
+        ) from error
 
 
 def clean(folder: Path) -> None:

@@ -93,7 +93,7 @@ def _schema(name: str) -> Any:
     hints = get_type_hints(type(options))
     columns: list[Any] = [("name", str, field(default=name))]
     for f in fields(options):
-        value = getattr(options, f.name)
+        value = f.default  # not the prototype's value: a variant may fill in what is left open
         default = field(default_factory=lambda v=value: list(v)) if isinstance(value, tuple) else field(default=value)
         columns.append((f.name, hints[f.name], default))
     return make_dataclass(f"{type(options).__name__}Config", columns)

@@ -92,20 +92,38 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file of at most 16 MiB; ArtefactError names the file when it is missing, large or damaged."""
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise ArtefactError(f"{path} is larger than {JSON_LIMIT} bytes", "This is not a file of ddengine")
-        return json.loads(path.read_bytes())
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= JSON_LIMIT else b""
     except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror}", "Give the folder of an artefact") from error
+        raise ArtefactError(
+            f"cannot read {path}: {error.strerror}", "Give the folder of an artefact"
+        ) from error
+    if size > JSON_LIMIT:
+        raise ArtefactError(f"{path} is larger than {JSON_LIMIT} bytes", "This is not a file of ddengine")
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is damaged: not JSON", "Restore it from a copy or make it again") from error
+        raise ArtefactError(
+            f"{path} is damaged: not JSON", "Restore it from a copy or make it again"
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file atomically; returns its entry for a manifest, `{"sha256": ..., "bytes": ...}`."""
-    data = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    data = safetensors.torch.save(_unshared(tensors))
     write_bytes(path, data)
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two of them in one storage, which safetensors refuses."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        own[name] = dense.clone() if dense.untyped_storage().data_ptr() in seen else dense
+        seen.add(dense.untyped_storage().data_ptr())
+    return own
 
 
 def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -114,7 +132,9 @@ def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         size = path.stat().st_size
         if path.is_symlink() or size != entry["bytes"] or size > TENSORS_LIMIT:
-            raise ArtefactError(f"{path} is damaged: {size} bytes where the manifest says {entry['bytes']}", remedy)
+            raise ArtefactError(
+                f"{path} is damaged: {size} bytes where the manifest says {entry['bytes']}", remedy
+            )
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise ArtefactError(f"{path} is damaged: its SHA-256 is not the manifest's", remedy)

@@ -18,6 +18,7 @@ import torch
 
 from ddengine import __version__, checkpoint, files
 from ddengine.errors import ArtefactError, DDError, Interrupted, UsageError
+from ddengine.nets import resolve
 from ddengine.rng import Rng
 from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
@@ -145,7 +146,7 @@ def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
     network = getattr(matcher, "network", None)
     return {
         "protocol": "standard-v1",
-        "network": None if network is None else network.to_dict(),
+        "network": None if network is None else resolve(network, task.source.spec.shape).to_dict(),
         "dataset": _plain(dict(task.origin)) or {"name": task.source.spec.name},
     }
 
@@ -182,7 +183,9 @@ def _claim(folder: Path, identity: Mapping[str, Any], config: str | None) -> Non
 
 def _difference(old: Any, new: Any, path: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (_difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new}))
+        found = (
+            _difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new})
+        )
         return next((text for text in found if text), "")
     return "" if old == new else f"{path} is {old} there and {new} here"
 
@@ -238,7 +241,9 @@ def _advance(
                 where = f"; its state is in {run.folder}" if run.folder else ""
                 raise Interrupted(
                     f"stopped by {signal.Signals(stop[0]).name} at step {state.step} of {run.steps}{where}",
-                    "Repeat the same command to go on" if run.folder else "Give out=DIR to keep a run's state",
+                    "Repeat the same command to go on"
+                    if run.folder
+                    else "Give out=DIR to keep a run's state",
                 )
     return state
 
@@ -291,10 +296,8 @@ def peak_memory(device: torch.device) -> int:
 
 def as_device(name: str) -> torch.device:
     """The device called auto, cpu or cuda (UsageError when CUDA is asked for and is not there)."""
-    if name not in ("auto", "cpu") and not torch.cuda.is_available():
-        raise UsageError(f"device={name}, but PyTorch finds no such device", "Give device=cpu or device=auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and (name.partition(":")[0] != "cuda" or not torch.cuda.is_available()):
+        raise UsageError(f"device={name}, but PyTorch finds no such device", "Give device=cpu or device=auto")
     return torch.device(name)
-
-

@@ -32,7 +32,9 @@ class ParamSpec:
         """The vector of `params`, differentiable. UsageError when names or shapes are not this layout's."""
         found = {name: tuple(p.shape) for name, p in params.items()}
         if found != dict(zip(self.names, self.shapes, strict=True)):
-            raise UsageError("the parameters are not of this layout", "Use a network of the same architecture")
+            raise UsageError(
+                "the parameters are not of this layout", "Use a network of the same architecture"
+            )
         return torch.cat([params[name].reshape(-1) for name in self.names])
 
     def unflatten(self, vector: Float[Tensor, " p"]) -> dict[str, Tensor]:

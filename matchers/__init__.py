@@ -48,7 +48,7 @@ def make(name: str, network: NetSpec | None = None, **options: Any) -> Matcher[A
         if key not in known:
             raise unknown(f"option of matcher '{name}'", key, known)
     try:
-        made = replace(prototype, options=replace(prototype.options, **options))
+        made = replace(prototype, options=type(prototype.options)(**options))
     except TypeError as error:
         raise UsageError(f"matcher {name}: {error}", "Give each option a value of its type") from error
     return made if network is None else replace(made, network=network)

@@ -45,7 +45,9 @@ def attention_map(f: Float[Tensor, "n c h w"], p: float | int = 4) -> Float[Tens
     if f.ndim != 4:
         raise UsageError(f"feature maps of shape {tuple(f.shape)}", "Give maps of shape [n, c, h, w]")
     if not 1 <= p < math.inf:
-        raise UsageError(f"attention power p={p}", "Give a finite p >= 1 (4 in the paper, 1 in the released code)")
+        raise UsageError(
+            f"attention power p={p}", "Give a finite p >= 1 (4 in the paper, 1 in the released code)"
+        )
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
     if p == 4:
         power = f.square().square()
@@ -79,7 +81,8 @@ def attention_matching_loss(
     """
     if len(real.maps) != len(synthetic.maps):
         raise UsageError(
-            f"{len(real.maps)} real and {len(synthetic.maps)} synthetic attention layers", "Give the same layers"
+            f"{len(real.maps)} real and {len(synthetic.maps)} synthetic attention layers",
+            "Give the same layers",
         )
     sam = real.embedding.new_zeros(())
     for a, b in zip(real.maps, synthetic.maps, strict=True):
@@ -91,7 +94,8 @@ def attention_matching_loss(
 def _same_shape(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise UsageError(
-            f"real statistics {tuple(a.shape)} against synthetic {tuple(b.shape)}", "Give the same classes and layers"
+            f"real statistics {tuple(a.shape)} against synthetic {tuple(b.shape)}",
+            "Give the same classes and layers",
         )
 
 
@@ -101,6 +105,7 @@ def image_statistics(
     """Normalised attention [n hw_l] of each layer in `layers` (None: all ReLU layers but the last; () : none)
     and the embedding [n d], per image, float32 or wider.
     """
+
     def tap(level: int, f: Tensor) -> Tensor | None:
         return attention_map(f, p) if layers is None or level in layers else None
 
@@ -108,14 +113,19 @@ def image_statistics(
     if layers is not None and any(not 0 <= layer < len(found.taps) for layer in layers):
         raise UsageError(f"layers={tuple(layers)}", f"The network has ReLU layers 0 to {len(found.taps) - 1}")
     maps = found.taps[:-1] if layers is None else [found.taps[layer] for layer in layers]
-    wide = found.embedding.float() if found.embedding.dtype in (torch.float16, torch.bfloat16) else found.embedding
+    wide = (
+        found.embedding.float()
+        if found.embedding.dtype in (torch.float16, torch.bfloat16)
+        else found.embedding
+    )
     return maps, wide
 
 
-# what the two published forms differ in: the paper's table, and the authors' released code
+# what the two published forms differ in: the paper's table, and the authors' released code (also batch norm in train
+# mode, where the paper has the instance norm that is ConvNet's default)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {"p": 4.0, "norm": "instance", "steps": 8000, "real_per_class": 128, "schedule": "constant"},
-    "released": {"p": 1.0, "norm": "batch", "steps": 20000, "real_per_class": 64, "schedule": "drop"},
+    "paper": {"p": 4.0, "steps": 8000, "real_per_class": 128, "schedule": "constant"},
+    "released": {"p": 1.0, "steps": 20000, "real_per_class": 64, "schedule": "drop"},
 }
 
 
@@ -126,7 +136,8 @@ class AttentionOptions:
     `lr` is the pixel rate at `scale` 100 and `schedule` its course (constant, cosine, drop); `layers` are numbers of
     ReLU layers (None: all but the last); `augment` a DSA string, "auto" for the papers' (no flip on digits);
     `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the batch;
-    the gradient is averaged over `networks_per_step` fresh networks.
+    the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the embedding term,
+    a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published balance of the two terms.
     """
 
     variant: str = "paper"
@@ -135,6 +146,7 @@ class AttentionOptions:
     layers: tuple[int, ...] | None = None
     sam_weight: float | int = 1.0
     mmd_weight: float | int = 0.01
+    follow_width: bool = True
     scale: float | int = 100.0
     real_per_class: int | None = None
     lr: float | int = 1.0
@@ -153,13 +165,18 @@ class AttentionOptions:
             require_positive(f"matcher.{key}", getattr(self, key), zero=True)
         require_positive("matcher.scale", self.scale)
         if self.p is not None and not 1 <= self.p < math.inf:
-            raise UsageError(f"matcher.p={self.p} is out of range", "Give a finite p >= 1 (4: the paper, 1: the released code)")
+            raise UsageError(
+                f"matcher.p={self.p} is out of range",
+                "Give a finite p >= 1 (4: the paper, 1: the released code)",
+            )
         descent.check_options(self)
 
     def resolved(self) -> "AttentionOptions":
         """The same options with the variant's values filled in."""
         values = VARIANTS[self.variant]
-        missing = {f.name: values[f.name] for f in fields(self) if f.name in values and getattr(self, f.name) is None}
+        missing = {
+            f.name: values[f.name] for f in fields(self) if f.name in values and getattr(self, f.name) is None
+        }
         return replace(self, **missing)
 
 
@@ -172,14 +189,19 @@ class AttentionMatching:
 
     accepts: ClassVar[Accepts] = Accepts(source="images", batch_norm=True)
 
+    def __post_init__(self) -> None:
+        """Fill in what the variant decides, so that a manifest tells what was really used."""
+        object.__setattr__(self, "options", self.options.resolved())
+        if self.options.variant == "released" and self.network.norm is None:
+            object.__setattr__(self, "network", replace(self.network, norm="batch"))
+
     def steps(self, task: Task) -> int:
         """Descent steps: the option, or the variant's 8,000 or 20,000."""
-        return int(self.options.resolved().steps or 0)
+        return int(self.options.steps or 0)
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
-        """Data and one network on the device; the variant's norm where `network.norm` is not given."""
-        norm = self.network.norm or VARIANTS[self.options.variant]["norm"]
-        return descent.workspace(task, replace(self.network, norm=norm))
+        """Data and one network on the device."""
+        return descent.workspace(task, self.network)
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
@@ -187,7 +209,7 @@ class AttentionMatching:
 
     def step(self, state: PixelState, work: Workspace, rng: Rng) -> tuple[PixelState, Metrics]:
         """One descent on the attention matching loss of `networks_per_step` fresh networks."""
-        o = self.options.resolved()
+        o = self.options
 
         def statistics(net: Network, x: Tensor) -> list[Tensor]:
             maps, embedding = image_statistics(net, x, o.p or 4, o.layers if o.sam_weight else ())
@@ -195,7 +217,8 @@ class AttentionMatching:
 
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
             pair = [Statistics(tuple(s[:-1]), s[-1]) for s in (real, synthetic)]
-            return attention_matching_loss(pair[0], pair[1], o.mmd_weight, o.scale, o.sam_weight)
+            weight = o.mmd_weight * descent.width_factor(real[-1].shape[1], o.follow_width)
+            return attention_matching_loss(pair[0], pair[1], weight, o.scale, o.sam_weight)
 
         return descent.step(state, work, rng, o, self.steps(work.task), statistics, loss)
 

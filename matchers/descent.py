@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from synth import Pixels
 from synth.pixels import CODECS
 from synth.starts import STARTS, start_images
 
+PUBLISHED_EMBEDDING = 2048  # dimensions summed over in the papers, to which their rates and weights belong
 SCHEDULES = ("constant", "cosine", "drop")
 Statistics = Callable[[Network, Tensor], list[Tensor]]
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -60,7 +62,9 @@ def check_options(o: Any) -> None:
         if value is not None:
             require_positive(f"matcher.{key}", value)
         if key != "lr" and not isinstance(value, int | None):
-            raise UsageError(f"matcher.{key}={value} is out of range", f"Give a whole number for matcher.{key}")
+            raise UsageError(
+                f"matcher.{key}={value} is out of range", f"Give a whole number for matcher.{key}"
+            )
     require_positive("matcher.momentum", o.momentum, zero=True)
     require(o.start, STARTS, "matcher.start")
     require(o.codec, CODECS, "matcher.codec")
@@ -115,9 +119,9 @@ def group_means(
     sums: list[Tensor] = []
     numbers = torch.zeros(count)
     for values, place in pieces:
-        numbers += torch.bincount(place, minlength=count)
-        where = place.to(values[0].device)
-        added = [v.new_zeros(count, v.shape[1]).index_add(0, where, v) for v in values]
+        member = F.one_hot(place, count).T
+        numbers += member.sum(1)
+        added = [member.to(v) @ v for v in values]  # a product, not a scatter: the same bits on every run
         sums = [s + a for s, a in zip(sums, added, strict=True)] if sums else added
     return [s / numbers.clamp(min=1).to(s)[:, None] for s in sums]
 
@@ -156,7 +160,9 @@ def matching_gradient(
             read = ((work.data.model_input(index[i].to(device)), place[i]) for i in pieces)
             target = group_means(((measure(x, group[at]), at) for x, at in read), len(group))
         index, place = listing(mine, group)
-        ours = group_means(iter([(measure(live.decode(index.to(device)).x, group[place]), place)]), len(group))
+        ours = group_means(
+            iter([(measure(live.decode(index.to(device)).x, group[place]), place)]), len(group)
+        )
         part = loss(target, ours)
         for key, g in zip(free, torch.autograd.grad(part, list(free.values())), strict=True):
             gradients[key] += g
@@ -165,12 +171,19 @@ def matching_gradient(
 
 
 def step(
-    state: PixelState, work: Workspace, rng: Rng, o: DescentOptions, steps: int, statistics: Statistics, loss: Loss
+    state: PixelState,
+    work: Workspace,
+    rng: Rng,
+    o: DescentOptions,
+    steps: int,
+    statistics: Statistics,
+    loss: Loss,
 ) -> tuple[PixelState, Metrics]:
     """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over fresh networks."""
     rng = rng.fold("step", state.step)
     runs = [
-        matching_gradient(state.synth, work, rng.fold(i), o, statistics, loss) for i in range(o.networks_per_step)
+        matching_gradient(state.synth, work, rng.fold(i), o, statistics, loss)
+        for i in range(o.networks_per_step)
     ]
     lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
     params = state.synth.params()
@@ -183,9 +196,13 @@ def step(
     return replace(state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity), metrics
 
 
+def width_factor(dimensions: int, follow: bool) -> float:
+    """2048 / d, the published embedding (ConvNet-3, width 128, 32 px) over this one; 1 where it is not followed."""
+    return PUBLISHED_EMBEDDING / dimensions if follow else 1.0
+
+
 def scheduled(lr: float | int, schedule: str, step: int, steps: int) -> float:
     """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop", the released code)."""
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
     return lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr
-

@@ -28,6 +28,7 @@ class DistributionOptions:
 
     steps: int = 20000
     scale: float | int = 1.0
+    follow_width: bool = True
     real_per_class: int = 256
     lr: float | int = 1.0
     momentum: float | int = 0.5
@@ -72,7 +73,8 @@ class DistributionMatching:
             return [image_statistics(net, x, layers=())[1]]
 
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
-            return self.options.scale * mmd_term(real[0], synthetic[0])
+            factor = descent.width_factor(real[0].shape[1], self.options.follow_width)
+            return self.options.scale * factor * mmd_term(real[0], synthetic[0])
 
         return descent.step(state, work, rng, self.options, self.options.steps, statistics, loss)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def require_regular(path: Path) -> None:
     """Refuse what is missing, a link, a pipe or a folder where an artefact has a file (ArtefactError)."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtefactError(f"{path} is missing", REMEDY) from error
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", REMEDY) from error
+    if not stat.S_ISREG(mode):
         raise damaged(path, "it is not a regular file")
-    if not path.exists():
-        raise ArtefactError(f"{path} is missing", REMEDY)
 
 
 def tensor_bytes(entry: Mapping[str, Any]) -> int:

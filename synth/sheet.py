@@ -21,7 +21,7 @@ LABEL_WIDTH, FONT_SIZE, GAP = 132, 13, 4
 PAPER, INK = "white", "black"
 
 
-def contact_sheet(images: Images, path: Path, per_class: int = 10, scale: int | None = None) -> None:
+def contact_sheet(images: Images, path: str | Path, per_class: int = 10, scale: int | None = None) -> None:
     """Write a PNG of up to `per_class` images of each class, in rows led by the class name.
 
     Pixels are brought back through the spec and clamped to [0, 1] for display alone. `scale` repeats each

@@ -66,7 +66,7 @@ class DistilledSet:
         }
         return DistilledSet(tensors, manifest)
 
-    def save(self, folder: Path, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write data, card, preview and, last, the manifest; the folder appears as a whole. Returns it.
 
         A folder that holds the same set (but for provenance) is replaced. One that holds another set is
@@ -93,7 +93,7 @@ class DistilledSet:
         return folder
 
     @staticmethod
-    def load(folder: Path, verify: bool = True) -> "DistilledSet":
+    def load(folder: str | Path, verify: bool = True) -> "DistilledSet":
         """Read a set. Manifest and data are always checked; `verify` also checks the card and the preview.
 
         Raises ArtefactError naming the file for any damage, UsageError when there is no such folder.
@@ -171,7 +171,7 @@ class DistilledSet:
         files.write_json(folder / MANIFEST, {**manifest, "seal": schema.seal(manifest)})
 
 
-def verify(folder: Path) -> list[str]:
+def verify(folder: str | Path) -> list[str]:
     """Check everything in a saved set: a line for each thing found right, else raises as `load` does."""
     loaded = DistilledSet.load(folder)
     manifest = loaded.manifest
@@ -201,7 +201,7 @@ def _pack_whitening(spec: DataSpec) -> dict[str, Tensor]:
     if spec.zca is None:
         return {}
     parts = (spec.zca.mean, spec.zca.matrix, spec.zca.inverse)
-    return {name: part.detach().cpu().float() for name, part in zip(ZCA, parts, strict=True)}
+    return {name: part.detach().cpu().float().clone() for name, part in zip(ZCA, parts, strict=True)}
 
 
 def _declare(tensor: Tensor) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _read_data(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _stored_problem(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str | None:
     dataset = manifest["dataset"]
-    if (dataset["preprocessing"] == "zca") != (set(ZCA) <= set(tensors)):
+    if set(ZCA) & set(tensors) != (set(ZCA) if dataset["preprocessing"] == "zca" else set()):
         return "whitening tensors and declared preprocessing disagree"
     wrong = _whitening_problem(tensors, math.prod(dataset["shape"])) or _tensors_problem(
         tensors, manifest["kind"], manifest["y_kind"], _spec(dataset, tensors)

@@ -97,7 +97,9 @@ def build(spec: NetSpec, shape: tuple[int, int, int], classes: int, generator: t
     The same generator state gives the same weights, and no global generator is touched. Raises UsageError
     as `resolve` does, and for option values that do not suit the images.
     """
-    return initialise(_skeleton(spec, shape, classes).to_empty(device="cpu"), generator)
+    net = _skeleton(spec, shape, classes)
+    # not `to_empty`: it loads torch's symbolic shapes, two seconds of import
+    return initialise(net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)), generator)
 
 
 def reinitialise(net: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -184,4 +184,3 @@ def _none(x: Tensor, p: DsaParams) -> Tensor:
 
 
 _APPLY = {NONE: _none, **dict(enumerate((_color, _crop, _cutout, _flip, _scale, _rotate)))}
-

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import matchers
 from ddengine.errors import UsageError
 from ddengine.nets.convnet import ConvNet
-from ddengine.nets.core import initialise
+from ddengine.nets.core import NetSpec, initialise
 from matchers.attention import (
+    AttentionMatching,
     AttentionOptions,
     Statistics,
     attention_map,
@@ -36,7 +38,7 @@ def means(rows, labels, classes):
 
 
 def tiny_network(norm, seed=0):
-    net = ConvNet((2, 5, 7), 3, 3, 2, norm)
+    net = ConvNet((1, 4, 5), 3, 3, 2, norm)
     return initialise(net, torch.Generator().manual_seed(seed)).double().requires_grad_(False)
 
 
@@ -54,7 +56,9 @@ def test_loss_is_the_papers_sum_over_classes_and_layers(p):
     synthetic = [randn(7, 5, 7, 3, seed=3), randn(7, 2, 3, 5, seed=4)]
     psi = randn(11, 13, seed=5), randn(7, 13, seed=6)
     sides = [
-        Statistics(tuple(means(attention_map(f, p), labels, classes) for f in layers), means(e, labels, classes))
+        Statistics(
+            tuple(means(attention_map(f, p), labels, classes) for f in layers), means(e, labels, classes)
+        )
         for layers, e, labels in ((real, psi[0], n), (synthetic, psi[1], m))
     ]
     listed = [[f.tolist() for f in layers] for layers in (real, synthetic)]
@@ -62,7 +66,9 @@ def test_loss_is_the_papers_sum_over_classes_and_layers(p):
     mmd = naive_matching.mean_distance(psi[0].tolist(), n.tolist(), psi[1].tolist(), m.tolist(), classes)
     assert math.isclose(mmd_term(sides[0].embedding, sides[1].embedding), mmd, rel_tol=1e-10)
     assert math.isclose(attention_matching_loss(*sides), 100 * (sam + 0.01 * mmd), rel_tol=1e-10)
-    assert math.isclose(attention_matching_loss(*sides, 0.02, 7, 0.3), 7 * (0.3 * sam + 0.02 * mmd), rel_tol=1e-10)
+    assert math.isclose(
+        attention_matching_loss(*sides, 0.02, 7, 0.3), 7 * (0.3 * sam + 0.02 * mmd), rel_tol=1e-10
+    )
     assert math.isclose(attention_matching_loss(*sides, 1, 1, 0), mmd, rel_tol=1e-10)
 
 
@@ -76,7 +82,9 @@ def test_gradient_of_the_loss_is_exact():
     real = Statistics((randn(3, 7), randn(3, 5, seed=1)), randn(3, 11, seed=2))
     inputs = [randn(3, 7, seed=3), randn(3, 5, seed=4), randn(3, 11, seed=5)]
     inputs = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda a, b, e: attention_matching_loss(real, Statistics((a, b), e)), inputs)
+    assert torch.autograd.gradcheck(
+        lambda a, b, e: attention_matching_loss(real, Statistics((a, b), e)), inputs
+    )
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
@@ -88,8 +96,8 @@ def test_gradient_of_the_loss_to_the_pixels_is_exact(p, norm):
         maps, embedding = image_statistics(net, x, p, layers=(0, 1))
         return Statistics(tuple(means(m, labels, 2) for m in maps), means(embedding, labels, 2))
 
-    target = statistics(randn(5, 2, 5, 7, seed=1), torch.tensor([0, 0, 1, 1, 1]))
-    x = randn(3, 2, 5, 7, seed=2).requires_grad_()
+    target = statistics(randn(5, 1, 4, 5, seed=1), torch.tensor([0, 0, 1, 1, 1]))
+    x = randn(3, 1, 4, 5, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: attention_matching_loss(target, statistics(x, labels)), x)
 
 
@@ -98,7 +106,9 @@ def test_gradient_of_the_loss_to_the_pixels_is_exact(p, norm):
 def test_map_ignores_positive_scale(p, dtype, tolerance):
     f = randn(3, 5, 7, 11, dtype=dtype)
     for scale in (1e-3, 0.1, 17.0, 1e3):
-        torch.testing.assert_close(attention_map(scale * f, p), attention_map(f, p), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            attention_map(scale * f, p), attention_map(f, p), rtol=tolerance, atol=tolerance
+        )
 
 
 def test_map_ignores_the_order_and_the_sign_of_channels():
@@ -160,7 +170,7 @@ def test_disjoint_one_hot_maps_are_the_farthest():
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_order_and_repetition_inside_a_class_change_nothing(norm):
-    net, x = tiny_network(norm), randn(5, 2, 5, 7)
+    net, x = tiny_network(norm), randn(5, 1, 4, 5)
     labels = torch.tensor([0, 0, 1, 1, 1])
 
     def statistics(index):
@@ -177,7 +187,9 @@ def test_one_spatial_permutation_of_both_sides_changes_nothing():
     real, synthetic = randn(3, 35), randn(3, 35, seed=1)
     order = torch.randperm(35, generator=torch.Generator().manual_seed(3))
     embeddings = randn(3, 11, seed=2), randn(3, 11, seed=3)
-    straight = attention_matching_loss(Statistics((real,), embeddings[0]), Statistics((synthetic,), embeddings[1]))
+    straight = attention_matching_loss(
+        Statistics((real,), embeddings[0]), Statistics((synthetic,), embeddings[1])
+    )
     permuted = attention_matching_loss(
         Statistics((real[:, order],), embeddings[0]), Statistics((synthetic[:, order],), embeddings[1])
     )
@@ -185,7 +197,7 @@ def test_one_spatial_permutation_of_both_sides_changes_nothing():
 
 
 def test_synthetic_equal_to_real_has_no_loss_and_no_gradient():
-    net, x = tiny_network("instance"), randn(4, 2, 5, 7)
+    net, x = tiny_network("instance"), randn(4, 1, 4, 5)
     labels = torch.tensor([0, 0, 1, 1])
     free = x.clone().requires_grad_()
     sides = []
@@ -198,7 +210,10 @@ def test_synthetic_equal_to_real_has_no_loss_and_no_gradient():
 
 
 def test_layers_are_all_but_the_last_unless_named():
-    net, x = initialise(ConvNet((2, 8, 8), 3, 3, 3, "none"), torch.Generator().manual_seed(0)), randn(3, 2, 8, 8).float()
+    net, x = (
+        initialise(ConvNet((2, 8, 8), 3, 3, 3, "none"), torch.Generator().manual_seed(0)),
+        randn(3, 2, 8, 8).float(),
+    )
     named, _ = image_statistics(net, x, layers=(0, 1, 2))
     assert [m.shape[1] for m in named] == [64, 16, 4]
     default, embedding = image_statistics(net, x)
@@ -210,7 +225,7 @@ def test_layers_are_all_but_the_last_unless_named():
 
 
 def test_maps_are_taken_after_the_norm_and_the_relu_and_the_embedding_after_the_pool():
-    net, x = tiny_network("instance"), randn(3, 2, 5, 7)
+    net, x = tiny_network("instance"), randn(3, 1, 4, 5)
     first = net.norms[0](net.convs[0](x)).clamp(min=0)
     second = net.norms[1](net.convs[1](nn.functional.avg_pool2d(first, 2))).clamp(min=0)
     (found,), embedding = image_statistics(net, x, 2)
@@ -222,7 +237,7 @@ def test_maps_are_taken_after_the_norm_and_the_relu_and_the_embedding_after_the_
 @pytest.mark.parametrize("layers", [(2,), (0, 5), (-1,)])
 def test_layers_that_the_network_lacks_are_refused(layers):
     with pytest.raises(UsageError, match=r"layers=.*\nThe network has ReLU layers 0 to 1"):
-        image_statistics(tiny_network("none"), randn(3, 2, 5, 7), layers=layers)
+        image_statistics(tiny_network("none"), randn(3, 1, 4, 5), layers=layers)
 
 
 def test_wrong_shapes_and_powers_are_refused():
@@ -245,7 +260,12 @@ def test_traced_by_the_compiler_is_the_same():
         z = inspect.unwrap(attention_map)(f, 4)
         return inspect.unwrap(attention_matching_loss)(Statistics((real,), psi), Statistics((z,), e))
 
-    inputs = [attention_map(randn(3, 5, 7, 11)), randn(3, 5, 7, 11, seed=1), randn(3, 13, seed=2), randn(3, 13, seed=3)]
+    inputs = [
+        attention_map(randn(3, 5, 7, 11)),
+        randn(3, 5, 7, 11, seed=1),
+        randn(3, 13, seed=2),
+        randn(3, 13, seed=3),
+    ]
     inputs = [x.float() for x in inputs]
     inputs[1].requires_grad_()
     results = []
@@ -266,6 +286,20 @@ def test_variants_fill_in_what_is_not_given(variant, values):
     assert (o.scale, o.mmd_weight, o.lr, o.momentum) == (100, 0.01, 1, 0.5)
     mine = AttentionOptions(variant, steps=7, p=3.0, schedule="cosine").resolved()
     assert (mine.p, mine.steps, mine.real_per_class, mine.schedule) == (3, 7, values[2], "cosine")
+
+
+def test_a_matcher_shows_what_its_variant_decides():
+    made = matchers.make("attention", variant="released", steps=7)
+    assert made == AttentionMatching(AttentionOptions("released", steps=7))
+    assert (made.options.p, made.options.steps, made.options.real_per_class, made.network.norm) == (
+        1,
+        7,
+        64,
+        "batch",
+    )
+    assert matchers.make("attention").network.norm is None
+    given = matchers.make("attention", NetSpec(norm="instance"), variant="released")
+    assert given.network.norm == "instance"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,18 @@ from unittest import mock
 import numpy as np
 import torch
 
-DRAWS = ("seed", "random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss")
+DRAWS = (
+    "seed",
+    "random",
+    "uniform",
+    "randint",
+    "randrange",
+    "choice",
+    "choices",
+    "sample",
+    "shuffle",
+    "gauss",
+)
 
 
 @contextmanager

@@ -57,7 +57,9 @@ def warp(x, matrix):
         from_x = matrix[0][0] * at_x + matrix[0][1] * at_y
         from_y = matrix[1][0] * at_x + matrix[1][1] * at_y
         column, row = ((from_x + 1) * w - 1) / 2, ((from_y + 1) * h - 1) / 2
-        for r, s in itertools.product((math.floor(row), math.floor(row) + 1), (math.floor(column), math.floor(column) + 1)):
+        for r, s in itertools.product(
+            (math.floor(row), math.floor(row) + 1), (math.floor(column), math.floor(column) + 1)
+        ):
             if 0 <= r < h and 0 <= s < w:
                 out[:, i, j] += x[:, r, s] * (1 - abs(row - r)) * (1 - abs(column - s))
     return out

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -24,14 +25,15 @@ def refuse(folder, name: str = "") -> ArtefactError:
     return caught.value
 
 
-def forge(folder, tensors=None, honest=True, **changes):
+def forge(folder, tensors=None, /, *, honest=True, **changes):
     """Rewrite a set as an attacker would: hashes, sizes and seal agree with what is in it."""
     manifest = json.loads((folder / "manifest.json").read_text())
     if tensors is not None:
         manifest["files"]["data.safetensors"] = files.write_tensors(folder / "data.safetensors", tensors)
         if honest:
             declared = {
-                n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in tensors.items()
+                n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+                for n, t in tensors.items()
             }
             manifest["tensors"] = declared
             if all(t["dtype"] in schema.DTYPES for t in declared.values()):
@@ -48,7 +50,7 @@ def forge(folder, tensors=None, honest=True, **changes):
 @pytest.mark.parametrize("name", FILES)
 def test_every_sampled_bit_flip_is_refused(saved, name):
     data = (saved / name).read_bytes()
-    places = torch.randint(0, 8 * len(data), (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    places = torch.randint(0, 8 * len(data), (100,), generator=torch.Generator().manual_seed(0)).tolist()
     for place in {*places, 0, 8 * len(data) - 1}:
         flipped = bytearray(data)
         flipped[place // 8] ^= 1 << place % 8
@@ -78,6 +80,24 @@ def test_files_that_are_no_files_are_refused(saved, name, what):
     elif what != "missing":
         (saved / name).symlink_to(saved.parent / ("real" if what == "link" else "nothing"))
     refuse(saved, name)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")]
+)
+def test_files_that_cannot_be_read_are_refused_by_name(saved, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    for name in ("lstat", "read_bytes", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fail)
+            with pytest.raises(ArtefactError, match=error.strerror):
+                verify(saved)
+
+
+def test_a_file_in_place_of_the_folder_is_refused(saved):
+    refuse(saved / "data.safetensors", "manifest.json is missing")
 
 
 def test_without_verify_card_and_preview_may_be_edited_but_data_may_not(saved):
@@ -111,20 +131,21 @@ HOSTILE = [
     *({name: value} for name in ("format", "kind", "y_kind") for value in (None, 3, [], "x", {})),
     *({"version": value} for value in (0, -1, True, "1", 1.0, None, 10**30)),
     *({"count": value} for value in (0, 12, -1, 1e3, True, None, 2**80)),
-    *({f"dataset__{name}": 5} for name in ("name", "shape", "classes", "mean", "std", "fingerprint", "licence")),
-    *({"dataset__shape": v} for v in ([3, 7], [3, 7, 0], [3, 5, 7], [-3, -7, 5], [3, 7, 2**60], [3.0, 7, 5], [True] * 3)),
-    *({"dataset__std": v} for v in ([0.0] * 3, [0.1] * 2, [-1.0] * 3, [1e-300] * 3, ["a"] * 3, [10**400] * 3)),
+    *({f"dataset__{name}": 5} for name in ("name", "shape", "classes", "mean", "std", "licence")),
+    *({"dataset__shape": v} for v in ([3, 7], [3, 7, 0], [3, 5, 7], [-3, -7, 5], [3, 7, 2**60])),
+    *({"dataset__shape": v} for v in ([3.0, 7, 5], [True] * 3, "375", [[3], 7, 5])),
+    *({"dataset__std": v} for v in ([0.0] * 3, [0.1] * 2, [-1.0] * 3, [1e-300] * 3, [10**400] * 3)),
     *({"dataset__mean": v} for v in ([], [0.1] * 4, [None] * 3, [[]] * 3)),
     *({"dataset__classes": v} for v in ([], ["a"], ["a", "b", 3, "c", "d"], {"a": 1}, "abcde")),
     *({"dataset__preprocessing": v} for v in ("zca", "none", None)),
     *({"budget__total": v} for v in (-1, 0, 5, "9", None)),
     *({"budget__ipc": v} for v in (0, -2, "1", 1.5)),
-    *({"tensors": v} for v in ({}, [], None, {"images": {}}, {"../images": {"dtype": "uint8", "shape": [1]}})),
+    *({"tensors": v} for v in ({}, [], None, {"images": {}}, {"../x": {"dtype": "uint8", "shape": [1]}})),
     *({"tensors__images__shape": v} for v in ([], [0], [-11, 3, 7, 5], [2**50] * 9, "x", [11, 3, 7, 5.0])),
     *({"tensors__images__dtype": v} for v in ("object", "float64", None, ["uint8"], "float32")),
     *({"files": v} for v in ({}, [], None, {"data.safetensors": None})),
-    *({"files__../../x": {"sha256": "0" * 64, "bytes": 3}, "recipe": {"n": n}} for n in range(1)),
-    *({f"files__{name}": {"sha256": "0" * 64, "bytes": 3}} for name in ("/etc/passwd", "a/b", "..", ".", "", "a\0", "a\n")),
+    *({f"files__{name}": {"sha256": "0" * 64, "bytes": 3}} for name in ("../../x", "/etc/passwd", "a/b")),
+    *({f"files__{name}": {"sha256": "0" * 64, "bytes": 3}} for name in ("..", ".", "", "a\0", "a\n")),
     *({"files__data.safetensors__bytes": v} for v in (-1, 0, 2**70, "5", None, 1.5, True)),
     *({"files__data.safetensors__sha256": v} for v in ("", "0" * 63, "g" * 64, 7, None)),
     *({name: value} for name in ("recipe", "provenance") for value in (None, [], "x", 3)),
@@ -147,14 +168,17 @@ def test_every_missing_field_is_refused(saved):
             table = table[name]
         for name in list(table):
             kept = table.pop(name)
-            sealed = {**manifest, "seal": schema.seal(manifest)} if (where, name) != ((), "seal") else manifest
+            sealed = (
+                {**manifest, "seal": schema.seal(manifest)} if (where, name) != ((), "seal") else manifest
+            )
             files.write_json(saved / "manifest.json", sealed)
             refuse(saved, "manifest.json")
             table[name] = kept
 
 
 @pytest.mark.parametrize(
-    "text", ["", "null", "[]", "1e999", "{", '{"a":1}', "[" * 100000, '"\\ud800"', "9" * 5000, "\ufeff{}", "NaN"]
+    "text",
+    ["", "null", "[]", "1e999", "{", '{"a":1}', "[" * 100000, '"\\ud800"', "9" * 5000, "\ufeff{}", "NaN"],
 )
 def test_manifests_that_are_no_tables_are_refused(saved, text):
     (saved / "manifest.json").write_text(text)
@@ -214,7 +238,10 @@ def test_hostile_tensors_are_refused(saved, case):
 
 def test_tensors_that_are_not_the_declared_ones_are_refused(saved):
     tensors = DistilledSet.load(saved).tensors
-    for changed in ({**tensors, "labels": tensors["labels"].to(torch.int8)}, {**tensors, "label": tensors["labels"]}):
+    for changed in (
+        {**tensors, "labels": tensors["labels"].to(torch.int8)},
+        {**tensors, "label": tensors["labels"].clone()},
+    ):
         forge(saved, changed, honest=False)
         refuse(saved)
 
@@ -226,7 +253,11 @@ def test_hostile_whitenings_are_refused(tmp_path, pixels):
     white = type(spec)(spec.name, spec.shape, spec.classes, spec.mean, spec.std, zca=zca)
     made = DistilledSet.make(type(pixels)(pixels.images, pixels.labels, white), recipe={}, provenance={})
     folder = made.save(tmp_path / "white")
-    bad = {"zca.mean": torch.zeros(d - 1), "zca.matrix": torch.eye(d).half(), "zca.inverse": torch.eye(d) * torch.inf}
+    bad = {
+        "zca.mean": torch.zeros(d - 1),
+        "zca.matrix": torch.eye(d).half(),
+        "zca.inverse": torch.eye(d) * torch.inf,
+    }
     for name, tensor in bad.items():
         forge(folder, {**made.tensors, name: tensor})
         refuse(folder, name)
@@ -261,22 +292,26 @@ def test_probabilities_out_of_range_are_refused(tmp_path, pixels, low):
     refuse(folder, "labels")
 
 
+def entry(name: str, shape: list[int], start: int, stop: int, dtype: str = "U8") -> str:
+    return f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{stop}]}}'
+
+
 HEADERS = {
-    "claims a gigabyte": b'{"images":{"dtype":"U8","shape":[1073741824],"data_offsets":[0,1073741824]}}',
-    "overlaps": b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
-    "negative shape": b'{"images":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}}',
-    "unknown type": b'{"images":{"dtype":"Q9","shape":[1],"data_offsets":[0,1]}}',
-    "overflowing shape": b'{"images":{"dtype":"U8","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,0]}}',
-    "no table": b"[]",
-    "not JSON": b"{",
-    "key twice": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
-}  # fmt: skip
+    "claims a gigabyte": f"{{{entry('images', [2**30], 0, 2**30)}}}",
+    "overlaps": f"{{{entry('a', [2], 0, 2)},{entry('b', [2], 1, 3)}}}",
+    "negative shape": f"{{{entry('images', [-1], 0, 1)}}}",
+    "unknown type": f"{{{entry('images', [1], 0, 1, 'Q9')}}}",
+    "overflowing shape": f"{{{entry('images', [2**32] * 3, 0, 0)}}}",
+    "no table": "[]",
+    "not JSON": "{",
+    "key twice": f"{{{entry('a', [1], 0, 1)},{entry('a', [1], 0, 1)}}}",
+}
 
 
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize("length", ["true", "too long", "huge"])
 def test_hostile_safetensors_headers_are_refused(saved, header, length):
-    text = HEADERS[header]
+    text = HEADERS[header].encode()
     claimed = {"true": len(text), "too long": len(text) + 10**6, "huge": 2**63}[length]
     data = claimed.to_bytes(8, "little") + text
     data += bytes(max(0, 1600 - len(data)))
@@ -298,19 +333,24 @@ def test_a_data_file_much_larger_than_its_tensors_is_refused_unread(saved, monke
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
 PLACES = [
-    "format", "version", "kind", "y_kind", "count", "seal", "tensors", "tensors__images", "tensors__images__shape",
-    "tensors__labels__dtype", "files", "files__README.md", "files__data.safetensors", "files__preview.png__bytes",
-    "dataset", "dataset__shape", "dataset__mean", "dataset__std", "dataset__classes", "dataset__preprocessing",
-    "budget", "budget__images", "budget__preprocessing",
+    "format", "version", "kind", "y_kind", "count", "seal", "tensors", "tensors__images",
+    "tensors__images__shape", "tensors__labels__dtype", "files", "files__README.md",
+    "files__data.safetensors", "files__preview.png__bytes", "dataset", "dataset__shape", "dataset__mean",
+    "dataset__std", "dataset__classes", "dataset__preprocessing", "budget", "budget__images",
+    "budget__preprocessing",
 ]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.sampled_from(PLACES), value=JSON)
 def test_random_values_in_a_sealed_manifest_raise_nothing_else(saved, place, value):
     copy = saved.parent / "copy"

@@ -17,22 +17,28 @@ def spec_of(shape, k) -> DataSpec:
     return DataSpec("s", shape, tuple(f"c{i}" for i in range(k)), (0.5,) * shape[0], (0.25,) * shape[0])
 
 
-@st.composite
-def pixel_sets(draw) -> Pixels:
-    """Sets of any codec, label kind, size, offset and contrast."""
-    shape = tuple(draw(st.sampled_from([1, 2, 3, 5, 7])) for _ in range(3))
-    m, k, seed = draw(st.integers(1, 7)), draw(st.sampled_from([2, 5, 257])), draw(st.integers(0, 2**31))
+SETS = {
+    "shape": st.tuples(*[st.sampled_from([1, 2, 3, 5, 7])] * 3),
+    "m": st.integers(1, 7),
+    "k": st.sampled_from([2, 5, 257]),
+    "seed": st.integers(0, 2**31),
+    "offset": st.floats(-50, 50),
+    "contrast": st.sampled_from([0.0, 1e-6, 1.0, 300.0]),
+    "y_kind": st.sampled_from(["class", "prob", "logit"]),
+    "codec": st.sampled_from(CODECS),
+    "rate": st.none() | st.floats(1e-6, 10),
+}
+
+
+def build(shape, m, k, seed, offset, contrast, y_kind, codec, rate) -> Pixels:
     g = torch.Generator().manual_seed(seed)
-    low, contrast = draw(st.floats(-50, 50)), draw(st.sampled_from([0.0, 1e-6, 1.0, 300.0]))
-    x = torch.randn((m, *shape), generator=g) * contrast + low
-    y_kind = draw(st.sampled_from(["class", "prob", "logit"]))
+    x = torch.randn((m, *shape), generator=g) * contrast + offset
     if y_kind == "class":
         labels = torch.randint(0, k, (m,), generator=g)
     else:
         labels = torch.randn((m, k), generator=g)
         labels = labels.softmax(1) if y_kind == "prob" else labels
-    rate = draw(st.one_of(st.none(), st.floats(1e-6, 10)))
-    return Pixels(x, labels, spec_of(shape, k), y_kind, draw(st.sampled_from(CODECS)), rate)
+    return Pixels(x, labels, spec_of(shape, k), y_kind, codec, rate)
 
 
 def unpacked(pixels: Pixels) -> Pixels:
@@ -40,8 +46,9 @@ def unpacked(pixels: Pixels) -> Pixels:
 
 
 @settings(max_examples=60, deadline=None)
-@given(pixel_sets())
-def test_packing_keeps_labels_rate_and_pixels_to_the_precision_of_the_codec(pixels):
+@given(**SETS)
+def test_packing_keeps_labels_rate_and_pixels_to_the_precision_of_the_codec(**drawn):
+    pixels = build(**drawn)
     back = unpacked(pixels)
     assert (back.codec, back.y_kind, back.spec) == (pixels.codec, pixels.y_kind, pixels.spec)
     x, y = pixels.images.double().numpy(), back.images.double().numpy()
@@ -61,8 +68,9 @@ def test_packing_keeps_labels_rate_and_pixels_to_the_precision_of_the_codec(pixe
 
 
 @settings(max_examples=60, deadline=None)
-@given(pixel_sets())
-def test_nbytes_are_the_bytes_of_the_packed_tensors(pixels):
+@given(**SETS)
+def test_nbytes_are_the_bytes_of_the_packed_tensors(**drawn):
+    pixels = build(**drawn)
     sizes = {name: t.numel() * t.element_size() for name, t in pixels.pack().items()}
     images = sum(size for name, size in sizes.items() if name.startswith("images"))
     labels, extras = sizes["labels"], sizes.get("student_lr", 0)
@@ -75,7 +83,9 @@ def test_a_known_image_quantises_by_hand(spec):
     x = torch.tensor([[[[0.0, 1.2, 255.0]], [[-4.0, -4.0, -4.0]]]])
     packed = Pixels(x, torch.tensor([0]), tiny).pack()
     assert packed["images"].tolist() == [[[[0, 1, 255]], [[0, 0, 0]]]]
-    assert packed["images.offset"].tolist() == [[0.0, -4.0]] and packed["images.scale"].tolist() == [[1.0, 0.0]]
+    assert packed["images.offset"].tolist() == [[0.0, -4.0]] and packed["images.scale"].tolist() == [
+        [1.0, 0.0]
+    ]
     assert unpacked(Pixels(x, torch.tensor([0]), tiny)).images[0, 1].tolist() == [[-4.0, -4.0, -4.0]]
 
 

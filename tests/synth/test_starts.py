@@ -24,6 +24,12 @@ def small() -> Images:
     return Images(x, y, DataSpec("small", (2, 3, 5), ("x", "y", "z"), (0.5, 0.1), (0.2, 0.9)))
 
 
+def one_class(n, shape) -> Images:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (n, *shape), generator=g, dtype=torch.uint8)
+    return Images(x, torch.zeros(n, dtype=torch.long), DataSpec("one", shape, ("a",), (0.5,), (0.5,)))
+
+
 def classes_of(source):
     """First index and float64 features of each class."""
     x, first = source.model_input().flatten(1).double().numpy(), 0
@@ -85,8 +91,7 @@ def test_kmeans_takes_one_image_of_each_well_separated_cluster():
 
 
 def test_kmeans_on_a_large_class_works_on_mini_batches():
-    x = torch.randint(0, 256, (5003, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    source = Images(x, torch.zeros(5003, dtype=torch.long), DataSpec("c", (1, 2, 2), ("a",), (0.5,), (0.5,)))
+    source = one_class(5003, (1, 2, 2))
     picked = kmeans(source, 7, Rng(1))
     assert len(set(picked.tolist())) == 7 and torch.equal(picked, kmeans(source, 7, Rng(1)))
 
@@ -122,7 +127,9 @@ def test_another_seed_gives_another_draw(digits, name):
     assert len(draws) == 3
 
 
-@pytest.mark.parametrize(("start", "selection"), [("real", "random"), *((n, n) for n in ("kmeans", "herding"))])
+@pytest.mark.parametrize(
+    ("start", "selection"), [("real", "random"), *((n, n) for n in ("kmeans", "herding"))]
+)
 def test_real_starts_are_the_selected_images_in_model_input_space(small, start, selection):
     expected = small.spec.normalise(small.x[SELECTIONS[selection](small, 2, Rng(5))])
     assert torch.equal(start_images(start, small, 2, Rng(5)), expected)
@@ -173,7 +180,8 @@ def test_a_total_is_spread_as_evenly_as_the_classes_allow(small, total):
 
 
 def test_the_remainder_goes_to_classes_drawn_at_random(small):
-    lucky = {tuple(small.y[random_total(small, 4, Rng(seed))].bincount(minlength=3).tolist()) for seed in range(30)}
+    draws = [small.y[random_total(small, 4, Rng(seed))] for seed in range(30)]
+    lucky = {tuple(labels.bincount(minlength=3).tolist()) for labels in draws}
     assert lucky == set(itertools.permutations((2, 1, 1)))
 
 
@@ -187,8 +195,7 @@ def test_a_total_beyond_the_source_is_refused(small):
 
 
 def test_herding_a_class_of_5400_is_fast():
-    x = torch.randint(0, 256, (5400, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    source = Images(x, torch.zeros(5400, dtype=torch.long), DataSpec("c", (1, 28, 28), ("a",), (0.5,), (0.5,)))
+    source = one_class(5400, (1, 28, 28))
     herding(source, 1, Rng(0))
     began = time.process_time()
     herding(source, 10, Rng(0))

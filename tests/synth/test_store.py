@@ -90,9 +90,13 @@ def test_what_a_set_says_of_itself_is_true(saved, pixels):
         assert entry == {"sha256": files.sha256(saved / name), "bytes": (saved / name).stat().st_size}
 
 
-@pytest.mark.parametrize(("labels", "ipc"), [([0, 1, 2, 3, 4] * 2, 2), ([0, 0, 1, 1, 2, 2, 3, 3, 4, 0], None)])
+@pytest.mark.parametrize(
+    ("labels", "ipc"), [([0, 1, 2, 3, 4] * 2, 2), ([0, 0, 1, 1, 2, 2, 3, 3, 4, 0], None)]
+)
 def test_the_budget_names_images_per_class_only_where_all_classes_have_as_many(pixels, labels, ipc):
-    made = DistilledSet.make(replace(pixels, images=pixels.images[:10], labels=torch.tensor(labels)), **NO_NOTES)
+    made = DistilledSet.make(
+        replace(pixels, images=pixels.images[:10], labels=torch.tensor(labels)), **NO_NOTES
+    )
     assert made.manifest["budget"]["ipc"] == ipc
 
 
@@ -103,7 +107,13 @@ def test_saving_twice_gives_the_same_bytes(saved, tmp_path):
 
 def test_verify_says_what_it_checked(saved):
     lines = "\n".join(verify(saved))
-    for part in ("seal intact", "data.safetensors", "preview.png", "images: uint8 [11, 3, 7, 5]", "student_lr"):
+    for part in (
+        "seal intact",
+        "data.safetensors",
+        "preview.png",
+        "images: uint8 [11, 3, 7, 5]",
+        "student_lr",
+    ):
         assert part in lines
 
 
@@ -133,8 +143,9 @@ def test_names_cannot_become_markup_in_the_card(pixels, tmp_path):
     spec = replace(pixels.spec, name="*b*", classes=evil, licence="<b>")
     made = DistilledSet.make(replace(pixels, spec=spec), recipe={"x": "```\n<script>"}, provenance={})
     card = (made.save(tmp_path / "set") / "README.md").read_text()
-    outside = "".join(card.split("```json")[0].split("```python")[0])
-    assert "<" not in outside and "\n# b" not in card and "[x](" not in card and "*b*" not in outside.replace("\\*", "")
+    prose = card.split("```python")[0]
+    assert not any(markup in prose for markup in ("<", "\n# b", "[x](", " *b*", "```"))
+    assert "alert" in prose and card.count("\n```") == 4  # python and recipe, opened and closed
     assert DistilledSet.load(tmp_path / "set").classes == evil
 
 
@@ -232,7 +243,9 @@ def test_a_kill_between_the_renames_loses_nothing(saved, pixels, monkeypatch, re
 def test_the_manifest_is_written_last(pixels, tmp_path, monkeypatch):
     written = []
     real = files.write_bytes
-    monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path.name), real(path, data))[1])
+    monkeypatch.setattr(
+        files, "write_bytes", lambda path, data: (written.append(path.name), real(path, data))[1]
+    )
     DistilledSet.make(pixels, **NO_NOTES).save(tmp_path / "set")
     assert sorted(written) == FILES and written[-1] == "manifest.json"
 
@@ -245,7 +258,8 @@ def test_notes_that_are_not_json_are_refused(pixels, notes):
 
 def test_sets_that_no_reader_would_accept_are_refused_when_made(pixels):
     soft = replace(pixels, labels=torch.full((11, 5), -0.1), y_kind="prob")
-    for bad, cause in ((soft, r"outside 0\.\.1"), (replace(pixels, images=pixels.images[:0], labels=pixels.labels[:0]), "")):
+    empty = replace(pixels, images=pixels.images[:0], labels=pixels.labels[:0])
+    for bad, cause in ((soft, r"outside 0\.\.1"), (empty, "one or more")):
         with pytest.raises(UsageError, match=cause):
             DistilledSet.make(bad, **NO_NOTES)
 
@@ -255,3 +269,10 @@ def test_a_missing_folder_is_the_users_mistake_and_a_missing_manifest_is_damage(
         DistilledSet.load(tmp_path / "nowhere")
     with pytest.raises(ArtefactError, match=r"manifest\.json is missing"):
         DistilledSet.load(tmp_path)
+
+
+def test_a_whitening_of_one_shared_matrix_is_stored(pixels, tmp_path):
+    eye = torch.eye(3 * 7 * 5)
+    white = replace(pixels, spec=replace(pixels.spec, zca=Whitening(eye[0], eye, eye)))
+    loaded = DistilledSet.load(DistilledSet.make(white, **NO_NOTES).save(tmp_path / "set"))
+    assert torch.equal(loaded.spec.zca.inverse, eye) and torch.equal(loaded.spec.zca.matrix, eye)

@@ -140,7 +140,10 @@ def test_operators_are_drawn_uniformly():
     assert stats.chisquare(torch.bincount(some)[[1, 5]]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("size", "shift", "last"), [((32, 32), (4, 4), (32, 32)), ((11, 28), (1, 4), (11, 28)), ((5, 13), (1, 2), (4, 12))])
+@pytest.mark.parametrize(
+    ("size", "shift", "last"),
+    [((32, 32), (4, 4), (32, 32)), ((11, 28), (1, 4), (11, 28)), ((5, 13), (1, 2), (4, 12))],
+)
 def test_whole_numbers_are_uniform_over_their_published_range(size, shift, last):
     params = dsa.sample(generator(5), "crop", 20_000, size)
     for axis in range(2):
@@ -159,12 +162,22 @@ def test_real_numbers_are_uniform_over_their_published_range():
     for name, (low, high) in ranges.items():
         for column in getattr(params, name).reshape(20_000, -1).T:
             assert low - 1e-6 <= column.min() and column.max() <= high + 1e-6
-            assert stats.kstest(column.double().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3, name
+            assert stats.kstest(column.double().numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3, (
+                name
+            )
 
 
 def test_the_numbers_of_a_row_are_independent_of_each_other():
     params = dsa.sample(generator(8), dsa.STRATEGY, 20_000, (32, 32))
-    columns = [params.op, *params.colour.T, *params.shift.T, *params.centre.T, params.flip, *params.scale.T, params.angle]
+    columns = [
+        params.op,
+        *params.colour.T,
+        *params.shift.T,
+        *params.centre.T,
+        params.flip,
+        *params.scale.T,
+        params.angle,
+    ]
     correlation = torch.corrcoef(torch.stack([column.double() for column in columns]))
     assert (correlation - torch.eye(len(columns))).abs().max() < 0.03
 
