@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from ddengine.types import Budget, DataSpec, Images, Task
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "DataSpec", "Images", "Result", "Schedule", "Task", "distill", "evaluate", "matcher", "task"]
+__all__ = [
+    "Budget",
+    "DataSpec",
+    "Images",
+    "Result",
+    "Schedule",
+    "Task",
+    "distill",
+    "evaluate",
+    "matcher",
+    "task",
+]
 
 _HOME = {
     **dict.fromkeys(("task", "matcher", "evaluate"), "ddengine.recipes"),

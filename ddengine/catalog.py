@@ -1,4 +1,4 @@
-"""Names and one-line descriptions of what there is, without importing torch: what `list`, help and completion read."""
+"""Names and one-line descriptions of what there is, without importing torch: what `list` and help read."""
 
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -7,8 +7,8 @@ from ddengine import data
 from ddengine.origins import ROOT
 
 MATCHERS = {
-    "attention": "attention matching (DataDAM): class means of spatial attention and embedding, pixels optimised",
-    "distribution": "distribution matching (DM): class means of the embedding, pixels optimised",
+    "attention": "attention matching (DataDAM): class means of spatial attention and embedding",
+    "distribution": "distribution matching (DM): class means of the embedding",
     "random": "random real images, class by class",
     "herding": "real images whose running mean follows the class mean (herding)",
     "kmeans": "the real image nearest each k-means centre of its class",
@@ -27,19 +27,23 @@ KINDS = {"matchers": MATCHERS, "datasets": data.DESCRIPTIONS, "networks": NETWOR
 
 
 def listing(kind: str) -> list[tuple[str, str, str]]:
-    """(name, origin, description) of every matcher, dataset or network, those of other distributions included."""
+    """(name, origin, description) of every matcher, dataset or network, other distributions' included."""
     ours = [(name, "ddengine", text) for name, text in KINDS[kind].items()]
-    plugged = entry_points(group=f"ddengine.{kind}")
-    return ours + [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged if e.name not in KINDS[kind]]
+    plugged = [e for e in entry_points(group=f"ddengine.{kind}") if e.name not in KINDS[kind]]
+    return ours + [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged]
+
+
+def folder() -> Path:
+    """The folder of the shipped configurations: `ddengine/conf` when installed, `configs/` in a source tree."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else ROOT / "configs"
 
 
 def configs() -> list[tuple[str, str, str]]:
     """The shipped result rows: name, origin, and the first comment line of the file."""
-    folder = Path(__file__).parent / "conf"
-    folder = folder if folder.is_dir() else ROOT / "configs"
     found = []
-    for path in sorted((folder / "row").glob("*.yaml")):
-        lines = path.read_text().splitlines()
-        comment = next((line.lstrip("# ") for line in lines if line.startswith("#") and "@package" not in line), "")
-        found.append((path.stem, "ddengine", comment))
+    for path in sorted((folder() / "row").glob("*.yaml")):
+        comments = [line.lstrip("# ") for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+        said = [comment for comment in comments if not comment.startswith("@package")]
+        found.append((path.stem, "ddengine", said[0] if said else ""))
     return found

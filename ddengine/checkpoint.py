@@ -1,11 +1,11 @@
-"""States on disk: any tree of frozen dataclasses, dicts and tuples over tensors and plain values, written whole.
+"""States on disk: any tree of frozen dataclasses, dicts and tuples over tensors and plain values.
 
-A checkpoint is a folder `step_000042` with `state.safetensors` and `manifest.json`, made under a temporary name
-and renamed, so that one that exists is complete. Reading needs a template state: files hold values, never code.
+A checkpoint is a folder `step_000042` with `state.safetensors` and a sealed `manifest.json`, made under a
+temporary name and renamed, so that one that exists is complete. Reading needs a template state: files hold
+values, never code.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def _below(path: str, key: str) -> str:
 
 
 def rebuild(template: S, values: Mapping[str, Any], path: str = "") -> S:
-    """A state of the template's form with the leaves of `values`; ArtefactError for a missing or foreign leaf."""
+    """A state of the template's form with the leaves of `values`; ArtefactError when one is missing."""
     if isinstance(template, DataSpec):
         return template
     children = _children(template)
@@ -63,7 +63,7 @@ def rebuild(template: S, values: Mapping[str, Any], path: str = "") -> S:
                 f"the checkpoint has no '{path}' of the right kind", "Remove it and repeat the command"
             )
         value = values[path]
-        # A copy, since tensors read from a buffer may lie unaligned, on which the last bit of a product can depend.
+        # A copy, for tensors read from a buffer may lie unaligned, on which a product's last bit can depend.
         return value.to(template.device, copy=True) if isinstance(template, Tensor) else value
     made = {key: rebuild(value, values, _below(path, key)) for key, value in children}
     if is_dataclass(template):
@@ -75,8 +75,9 @@ def rebuild(template: S, values: Mapping[str, Any], path: str = "") -> S:
 
 
 def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step` below `folder` and leave the last KEEP up to it; later ones, which no run
-    could go on from, go too. `extra` is JSON. Raises UsageError when the system refuses.
+    """Write the checkpoint of `step` below `folder` and leave the last KEEP up to it.
+
+    Later ones, which no run could go on from, go too. `extra` is JSON. UsageError when the system refuses.
     """
     files.make_folder(folder)
     listed = list(leaves(state))
@@ -99,7 +100,7 @@ def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
         manifest["extra"] = dict(extra)
         files.write_json(work / "manifest.json", {**manifest, "seal": _seal(manifest)})
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
+        work.replace(target)
     except OSError as error:
         raise UsageError(
             f"cannot write {target}: {error.strerror}", "Free some room, then repeat the command"
@@ -125,7 +126,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(folder: Path, step: int, template: S) -> tuple[S, dict[str, Any]]:
-    """The state of `step` in the template's form, on the template's devices, and its `extra` (else ArtefactError)."""
+    """The state of `step` in the template's form and on its devices, and its `extra` (else ArtefactError)."""
     path = folder / f"step_{step:06d}"
     manifest = files.read_json(path / "manifest.json")
     if (

@@ -1,4 +1,4 @@
-"""The command line: finds the command and its flags, hands the rest to hydra, and turns errors into two lines.
+"""The command line: finds command and flags, hands the rest to hydra, and turns errors into two lines.
 
 Nothing here imports torch, numpy or hydra; a command does when it runs.
 """
@@ -7,13 +7,25 @@ import json
 import os
 import signal
 import sys
+import textwrap
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddengine import __version__, origins
-from ddengine.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, DDError, UsageError, unknown
+from ddengine.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    DDError,
+    UsageError,
+    one_line,
+    unknown,
+)
 
 COMMANDS = {
     "demo": ("", "distil the embedded digits and judge the result: under two minutes, no network"),
@@ -24,10 +36,18 @@ COMMANDS = {
     "list": ("KIND", "list matchers, datasets, networks or configs"),
     "doctor": ("", "show versions, devices and what is wrong with the installation"),
 }
+DATASET = (
+    "dataset=NAME dataset.root=PATH dataset.size=PIXELS dataset.preprocessing=standard|zca "
+    "dataset.on_error=raise|skip dataset.download=true|false"
+)
+NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
+PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
 KEYS = {
-    "distill": "dataset=NAME dataset.root=PATH matcher=NAME matcher.steps=N network=NAME network.width=N "
-    "ipc=N budget.nbytes=N seed=N out=DIR device=auto|cpu|cuda precision=auto|fp32|bf16 row=NAME",
-    "evaluate": "networks=[a,b] seeds=N seed=N rows=[...] recipe.steps=N recipe.lrs=[...] workers=N device=NAME",
+    "distill": f"{DATASET} matcher=NAME matcher.steps=N matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
+    f"seed=N out=DIR {PLACE} deterministic=true|false checkpoint.steps=N checkpoint.minutes=N row=NAME",
+    "evaluate": f"{DATASET} {NETWORK} networks=[a,b] seeds=N seed=N rows=[random,full] recipe.steps=N "
+    "recipe.lrs=[0.01,0.03] recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
+    f"recipe.augment=auto|none|color_crop_flip {PLACE} workers=N out=DIR",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")
@@ -39,15 +59,12 @@ def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
     try:
         if pinned:
             origins.pin()
-        signal.signal(signal.SIGTERM, _terminated)
-        return _run(given)
+        with _terminable():
+            return _run(given)
     except DDError as error:
         return _fail(error.cause, error.remedy, error.code, error)
     except KeyboardInterrupt as error:
-        return _fail("interrupted", "Repeat the same command to go on", EXIT_INTERRUPTED, error)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_DONE
+        return _fail("interrupted", "Repeat the same command", EXIT_INTERRUPTED, error)
     except Exception as error:
         return _fail(
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
@@ -57,25 +74,47 @@ def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
         )
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM is taken as Ctrl-C (in the main thread, where alone Python lets one choose)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _show(text: str) -> None:
+    """Print a result on stdout; a reader that has left, such as `head`, is no failure."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails as it ends
 
 
 def _fail(cause: str, remedy: str, code: int, error: BaseException) -> int:
     if os.environ.get("DDENGINE_DEBUG") == "1":
         traceback.print_exception(error)
-    print(f"error: {cause}", file=sys.stderr)
+    print(f"error: {one_line(cause)}", file=sys.stderr)
     if remedy:
-        print(f"  fix: {remedy}", file=sys.stderr)
+        print(f"  fix: {one_line(remedy)}", file=sys.stderr)
     return code
 
 
 def _run(given: list[str]) -> int:
     if not given or given[0] in ("--help", "-h", "help"):
-        print(_overview())
+        _show(_overview())
         return EXIT_DONE if given else EXIT_USAGE
     if given[0] in ("--version", "-V"):
-        print(f"ddengine {__version__}")
+        _show(f"ddengine {__version__}")
         return EXIT_DONE
     command, rest = given[0], given[1:]
     if command not in COMMANDS:
@@ -85,16 +124,17 @@ def _run(given: list[str]) -> int:
         if flag not in FLAGS:
             raise unknown("flag", flag, FLAGS)
     if "--help" in flags or "-h" in flags:
-        print(_help(command))
+        _show(_help(command))
         return EXIT_DONE
     words = [word for word in rest if not word.startswith("-")]
-    if not sys.modules.get("ddengine.origins") or origins.SiblingFinder not in sys.meta_path:
+    if origins.SiblingFinder not in sys.meta_path:
         origins.check()
     return _HANDLERS[command](words, "--json" in flags)
 
 
 def _overview() -> str:
-    lines = [f"  {' '.join((name, argument)).strip():16} {text}" for name, (argument, text) in COMMANDS.items()]
+    rows = [(" ".join((name, argument)).strip(), text) for name, (argument, text) in COMMANDS.items()]
+    lines = [f"  {head:16} {text}" for head, text in rows]
     return "\n".join(
         [
             "ddengine COMMAND [key=value ...] [--json]",
@@ -102,7 +142,8 @@ def _overview() -> str:
             *lines,
             "",
             "ddengine COMMAND --help shows a command's keys. Result on stdout, progress on stderr.",
-            "Exit codes: 0 done, 1 the run failed, 2 usage, 3 an artefact failed verification, 130 interrupted.",
+            "Exit codes: 0 done, 1 the run failed, 2 usage, 3 an artefact failed verification,",
+            "130 interrupted. DDENGINE_DEBUG=1 adds a traceback to an error.",
         ]
     )
 
@@ -110,12 +151,16 @@ def _overview() -> str:
 def _help(command: str) -> str:
     argument, text = COMMANDS[command]
     head = " ".join(filter(None, ("ddengine", command, argument)))
-    keys = f"\n\nKeys: {KEYS[command]}" if command in KEYS else ""
-    return f"{head}\n\n{text[0].upper()}{text[1:]}.{keys}\n\nFlags: --json (one object on stdout), --help"
+    parts = [head, f"{text[0].upper()}{text[1:]}.", "Flags: --json (one object on stdout), --help"]
+    if command in KEYS:
+        keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
+        parts.insert(2, "\n  ".join(["Keys:", *keys]))
+    return "\n\n".join(parts)
 
 
 def _split(command: str, words: list[str]) -> tuple[Path, list[str]]:
-    paths, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    paths = [w for w in words if "=" not in w] or [w for w in words[:1] if os.path.exists(w)]
+    overrides = [w for w in words if w not in paths]
     if len(paths) != 1:
         raise UsageError(f"{command} takes one PATH, not {len(paths)}", f"Write: ddengine {command} PATH")
     return Path(paths[0]), overrides
@@ -124,7 +169,8 @@ def _split(command: str, words: list[str]) -> tuple[Path, list[str]]:
 def _print_table(table: Any, as_json: bool) -> None:
     from ddengine import report
 
-    print(json.dumps(table.to_json(), allow_nan=False) if as_json else report.table_text(table.to_json()))
+    found = table.to_json()
+    _show(json.dumps(found, allow_nan=False) if as_json else report.table_text(found).rstrip("\n"))
 
 
 def _demo(words: list[str], as_json: bool) -> int:
@@ -148,8 +194,8 @@ def _distill(words: list[str], as_json: bool) -> int:
     with Console() as console:
         result = recipes.run_distill(config, console.watch())
     assert result.folder is not None
-    found = recipes.summary(result.folder)
-    print(json.dumps({**found, "resumed_from": result.resumed_from}) if as_json else recipes.summary_text(found))
+    found = {**recipes.summary(result.folder), "resumed_from": result.resumed_from}
+    _show(json.dumps(found) if as_json else recipes.summary_text(found))
     return EXIT_DONE
 
 
@@ -159,7 +205,7 @@ def _evaluate(words: list[str], as_json: bool) -> int:
     from ddengine.console import Console
 
     path, overrides = _split("evaluate", words)
-    config = composed("evaluate", [*recipes.manifest_overrides(path), *overrides])
+    config = composed("evaluate", overrides, recipes.manifest_values(path))
     with Console() as console:
         table = recipes.run_evaluate(path, config, console.watch())
     _print_table(table, as_json)
@@ -172,7 +218,7 @@ def _inspect(words: list[str], as_json: bool) -> int:
     path, overrides = _split("inspect", words)
     _no_keys("inspect", overrides)
     found = recipes.summary(path)
-    print(json.dumps(found) if as_json else recipes.summary_text(found))
+    _show(json.dumps(found) if as_json else recipes.summary_text(found))
     return EXIT_DONE
 
 
@@ -182,7 +228,8 @@ def _verify(words: list[str], as_json: bool) -> int:
     path, overrides = _split("verify", words)
     _no_keys("verify", overrides)
     lines = recipes.verified(path)
-    print(json.dumps({"path": str(path), "ok": True, "checks": lines}) if as_json else "\n".join([*lines, "ok"]))
+    found = {"path": str(path), "ok": True, "checks": lines}
+    _show(json.dumps(found) if as_json else "\n".join([*map(one_line, lines), "ok"]))
     return EXIT_DONE
 
 
@@ -196,10 +243,12 @@ def _list(words: list[str], as_json: bool) -> int:
         raise unknown("kind", words[0], kinds)
     rows = catalog.configs() if words[0] == "configs" else catalog.listing(words[0])
     if as_json:
-        print(json.dumps([dict(zip(("name", "origin", "description"), row, strict=True)) for row in rows]))
+        items = [dict(zip(("name", "origin", "description"), row, strict=True)) for row in rows]
+        _show(json.dumps({"kind": words[0], "items": items}))
     else:
         width = max(len(name) for name, _, _ in rows)
-        print("\n".join(f"{n:{width}}  {text}" + ("" if o == "ddengine" else f"  [{o}]") for n, o, text in rows))
+        lines = [f"{n:{width}}  {t}" + ("" if o == "ddengine" else f"  [{o}]") for n, o, t in rows]
+        _show("\n".join(lines))
     return EXIT_DONE
 
 
@@ -208,16 +257,18 @@ def _doctor(words: list[str], as_json: bool) -> int:
 
     _no_keys("doctor", words)
     findings = doctor.examine()
+    ok = all(finding.ok for finding in findings)
     if as_json:
-        print(json.dumps([finding._asdict() for finding in findings]))
+        _show(json.dumps({"ok": ok, "findings": [finding._asdict() for finding in findings]}))
     else:
-        print("\n".join(f"{'ok ' if f.ok else 'BAD'}  {f.name}: {f.value}" for f in findings))
-    return EXIT_DONE if all(finding.ok for finding in findings) else EXIT_FAILED
+        _show("\n".join(f"{'ok ' if f.ok else 'BAD'}  {f.name}: {f.value}" for f in findings))
+    return EXIT_DONE if ok else EXIT_FAILED
 
 
 def _no_keys(command: str, words: list[str]) -> None:
     if words:
-        raise UsageError(f"{command} does not take '{words[0]}'", f"Write: ddengine {command} {COMMANDS[command][0]}")
+        form = f"ddengine {command} {COMMANDS[command][0]}".strip()
+        raise UsageError(f"{command} does not take '{words[0]}'", f"Write: {form}")
 
 
 _HANDLERS: dict[str, Callable[[list[str], bool], int]] = {

@@ -55,16 +55,16 @@ class RecipeConfig:
     augment: str = "auto"
 
 
-def _groups(*names: str) -> list[Any]:
-    given: dict[str, str | None] = {"dataset": MISSING, "matcher": "attention", "network": "convnet", "row": None}
-    return [*({name: given[name]} for name in names if name != "row"), "_self_", {"row": None}]
+def _groups(*names: str, row: bool = False) -> list[Any]:
+    given = {"dataset": MISSING, "matcher": "attention", "network": "convnet"}
+    return [*({name: given[name]} for name in names), "_self_", *([{"row": None}] if row else [])]
 
 
 @dataclass
 class DistillConfig:
     """`ddengine distill`."""
 
-    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network"))
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network", row=True))
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     matcher: Any = MISSING
     network: NetworkConfig = field(default_factory=NetworkConfig)

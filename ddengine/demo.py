@@ -8,12 +8,13 @@ from ddengine import data, files, loop, recipes, report
 from ddengine.config import DemoConfig
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
+from ddengine.parallel import one_thread
 from ddengine.tables import Table
 from ddengine.train import Recipe
 from ddengine.types import Budget, Task
 
 NETWORK = NetSpec("convnet", width=32, depth=2)
-OPTIONS = {"steps": 300, "lr": 2.0, "schedule": "cosine", "real_per_class": 64}
+OPTIONS = {"steps": 300, "lr": 0.5, "schedule": "cosine", "real_per_class": 64}
 RECIPE = Recipe(steps=200, lrs=(0.01, 0.03), batch_size=128, augment=strategy_for("digits"))
 
 
@@ -21,14 +22,15 @@ def run_demo(config: DemoConfig, watch: recipes.Watch) -> Table:
     """Distil, judge, and write `report.md` beside the set and its picture into `config.out`."""
     folder, dataset = Path(config.out), data.load("digits")
     task = Task(dataset.fit, Budget(ipc=1), origin={"name": "digits"})
-    made = loop.distill(
-        task,
-        matchers.make("attention", NETWORK, **OPTIONS),
-        seed=config.seed,
-        out=folder,
-        progress=watch.bar("distilling digits"),
-        notice=watch.notice,
-    )
+    with one_thread():  # images of 8x8 pixels are too small to share out
+        made = loop.distill(
+            task,
+            matchers.make("attention", NETWORK, **OPTIONS),
+            seed=config.seed,
+            out=folder,
+            progress=watch.bar("distilling digits"),
+            notice=watch.notice,
+        )
     table = recipes.evaluate(
         made.distilled,
         dataset=dataset,

@@ -6,9 +6,23 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from ddengine import compose, data, origins
+from ddengine import catalog, data, origins
 
-PACKAGES = ("torch", "torchvision", "kornia", "higher", "numpy", "scipy", "hydra-core", "safetensors", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "kornia",
+    "higher",
+    "numpy",
+    "scipy",
+    "hydra-core",
+    "safetensors",
+    "rich",
+    "scikit-learn",
+    "matplotlib",
+    "jaxtyping",
+    "pillow",
+)
 
 
 class Finding(NamedTuple):
@@ -26,7 +40,7 @@ def examine() -> list[Finding]:
         *(_package(name) for name in PACKAGES),
         _torchvision(),
         _device(),
-        Finding("configurations", (compose.folder() / "row").is_dir(), str(compose.folder())),
+        Finding("configurations", bool(catalog.configs()), str(catalog.folder())),
         *(Finding(f"module {name}", False, f"comes from {path}") for name, path in origins.foreign()),
         Finding("datasets", True, f"looked for in {data.dataset_root()}"),
         Finding("C++ compiler", True, shutil.which("c++") or "none (compiled steps are not available)"),
@@ -44,13 +58,16 @@ def _torchvision() -> Finding:
     try:
         import torchvision.ops  # noqa: F401  # its compiled part fails here when it does not fit torch
     except Exception as error:
-        return Finding("torchvision fits torch", False, f"{error}; install a matching pair of torch and torchvision")
+        cause = " ".join(str(error).split())
+        return Finding("torchvision fits torch", False, f"{cause}; install a matching pair of the two")
     return Finding("torchvision fits torch", True, "yes")
 
 
 def _device() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("device", False, f"torch does not load: {' '.join(str(error).split())}")
     if not torch.cuda.is_available():
         return Finding("device", True, f"cpu, {torch.get_num_threads()} threads (no CUDA device)")
     return Finding("device", True, f"cuda, {torch.cuda.get_device_name(0)}")

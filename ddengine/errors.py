@@ -42,6 +42,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} '{name}'", f"{hint}Known: {', '.join(names)}")
 
 
+def one_line(text: object) -> str:
+    """`text` with line breaks, terminal codes and other unprintable characters spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def require(value: object, allowed: Iterable[object], name: str) -> None:
     """Refuse `value` unless it is one of `allowed` (UsageError)."""
     if value not in tuple(allowed):

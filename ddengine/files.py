@@ -41,8 +41,8 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -90,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of at most 16 MiB; ArtefactError names the file when it is missing, large or damaged."""
+    """Parse a JSON file of at most 16 MiB; ArtefactError names one that is missing, large or damaged."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= JSON_LIMIT else b""
@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file atomically; returns its entry for a manifest, `{"sha256": ..., "bytes": ...}`."""
+    """Write a safetensors file atomically; returns its manifest entry, `{"sha256": ..., "bytes": ...}`."""
     data = safetensors.torch.save(_unshared(tensors))
     write_bytes(path, data)
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -166,7 +166,7 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a log in order; a torn last line (no newline) is dropped, a damaged one is an ArtefactError."""
+    """Records of a log in order; a torn last line is dropped, a damaged line is an ArtefactError."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:

@@ -1,4 +1,4 @@
-"""The one loop: init, step, finish, with checkpoints that are states, resume by the same call, clean interrupts."""
+"""The one loop: init, step, finish; checkpoints are states, the same call resumes, interrupts are clean."""
 
 import json
 import math
@@ -59,11 +59,11 @@ def distill(
     notice: Notice | None = None,
     config: str | None = None,
 ) -> Result:
-    """Run `matcher` on `task` and return the distilled set; with `out`, keep checkpoints, metrics and the set there.
+    """Run `matcher` on `task` and return the distilled set; with `out`, keep all that it makes there.
 
-    `config` is kept as config.yaml. The same call resumes an interrupted run bit for bit and returns a finished
-    one as it is. Raises UsageError when `out` holds something else or the task does not fit the matcher,
-    Interrupted (state saved) on SIGINT or SIGTERM, DDError when the loss is no longer finite.
+    `config` is kept as config.yaml. The same call resumes an interrupted run bit for bit and returns a
+    finished one as it is. Raises UsageError when `out` holds something else or the task does not fit the
+    matcher, Interrupted (state saved) on SIGINT or SIGTERM, DDError when the loss is no longer finite.
     """
     check_fit(task, matcher)
     rng, identity = Rng(seed), run_identity(task, matcher, seed)
@@ -85,9 +85,12 @@ def distill(
     finally:
         work.close()
     provenance = {
-        **identity, "steps": run.steps, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory(task.device),
-        "device": str(task.device), "threads": torch.get_num_threads(), "host": platform.node(),
-        "versions": {"ddengine": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **identity, "steps": run.steps, "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(task.device), "device": str(task.device),
+        "threads": torch.get_num_threads(), "host": platform.node(),
+        "versions": {
+            "ddengine": __version__, "torch": torch.__version__, "python": platform.python_version(),
+        },
     }  # fmt: skip
     distilled = DistilledSet.make(synth, recipe=evaluation_recipe(task, matcher), provenance=provenance)
     if folder is not None:
@@ -119,7 +122,7 @@ def check_fit(task: Task, matcher: Matcher[Any]) -> None:
 
 
 def run_identity(task: Task, matcher: Matcher[Any], seed: int) -> dict[str, Any]:
-    """What makes two runs the same run: matcher and options, budget, data, precision and seed (plain JSON)."""
+    """What makes two runs the same: matcher and options, budget, data, precision and seed (plain JSON)."""
     kind = type(matcher)
     return {
         "matcher": {"type": f"{kind.__module__}.{kind.__qualname__}", **_plain(asdict(matcher))},  # type: ignore[call-overload]
@@ -172,7 +175,7 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> DistilledSet | None:
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], config: str | None) -> None:
-    """Write what is missing of run.json and config.yaml, in this order: a folder with the first is a run's."""
+    """Write what is missing of run.json and config.yaml, in this order: the first makes a folder a run's."""
     if not (folder / "run.json").exists():
         files.write_json(
             folder / "run.json", {"format": RUN_FORMAT, "version": RUN_VERSION, "identity": dict(identity)}

@@ -1,4 +1,4 @@
-"""Where our four packages come from: `synth` and `matchers` are common names, and another may stand in front."""
+"""Where our packages come from: `synth` and `matchers` are common names, and another may stand in front."""
 
 import sys
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ def foreign() -> list[tuple[str, str]]:
     found = []
     for name in SIBLINGS:
         spec = sys.modules[name].__spec__ if name in sys.modules else find_spec(name)
-        origin = (spec.origin or "") if spec else "nowhere"
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        origin = (spec.origin or "".join(folders[:1])) if spec else "nowhere"
         if Path(origin).resolve().parent.parent != ROOT:
             found.append((name, origin))
     return found
@@ -46,5 +47,5 @@ def check() -> None:
     for name, origin in foreign():
         raise UsageError(
             f"'{name}' would be imported from {origin}, which is not ddengine's",
-            f"Rename that file, or work from a folder without a {name}.py (the `ddengine` command is safe from it)",
+            f"Rename it, or work from a folder without '{name}' (the command `ddengine` is safe from it)",
         )

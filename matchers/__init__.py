@@ -31,7 +31,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Any:
-    """The matcher called `name` with its default options (UsageError lists the known names and the nearest)."""
+    """The matcher called `name` with its default options (UsageError lists the known and the nearest)."""
     if name in MATCHERS:
         return MATCHERS[name]
     for entry in entry_points(group=GROUP):

@@ -3,12 +3,14 @@
 Per class, the mean normalised spatial attention of every ReLU layer but the last and the mean embedding of
 the synthetic images follow those of real images, over freshly drawn networks:
 
-    L = scale * sum_k ( sum_l |mean z_l(real_k) - mean z_l(syn_k)|^2 + mmd_weight * |mean psi(real_k) - mean psi(syn_k)|^2 )
+    L = scale * sum_k ( sum_l |mean z_l(real_k) - mean z_l(syn_k)|^2
+                        + mmd_weight * |mean psi(real_k) - mean psi(syn_k)|^2 )
 
-with z = vec(sum_c |f_c|^p) / |.|_2 per image (eqs. 1-4) and psi the flattened pooled trunk. The paper's weight
-of the second term is .01 at low resolution; its pixel rate 1 belongs to scale 100, so that the second term is
-exactly distribution matching (Zhao and Bilen 2023). Published, CIFAR-10, ConvNet-3 of width 128: 32.0 / 54.2 /
-67.0 % at 1 / 10 / 50 images per class, best of 11 checkpoints on test; ours are in the README, chosen on validation.
+with z = vec(sum_c |f_c|^p) / |.|_2 per image (eqs. 1-4) and psi the flattened pooled trunk. The paper's
+weight of the second term is .01 at low resolution; its pixel rate 1 belongs to scale 100, so that the second
+term is exactly distribution matching (Zhao and Bilen 2023). Published, CIFAR-10, ConvNet-3 of width 128:
+32.0 / 54.2 / 67.0 % at 1 / 10 / 50 images per class, best of 11 checkpoints on test; ours are in the README,
+chosen on validation.
 """
 
 import math
@@ -39,8 +41,8 @@ class Statistics(NamedTuple):
 def attention_map(f: Float[Tensor, "n c h w"], p: float | int = 4) -> Float[Tensor, "n h*w"]:
     """Spatial attention of feature maps: sum over channels of |f|^p, flattened, of unit L2 norm per image.
 
-    A map that is zero everywhere stays zero; scaling f by s > 0 changes nothing. Half precision is computed in
-    float32. Source: DataDAM, eq. 1. Raises UsageError unless f has four axes and 1 <= p < infinity.
+    A map that is zero everywhere stays zero; scaling f by s > 0 changes nothing. Half precision is computed
+    in float32. Source: DataDAM, eq. 1. Raises UsageError unless f has four axes and 1 <= p < infinity.
     """
     if f.ndim != 4:
         raise UsageError(f"feature maps of shape {tuple(f.shape)}", "Give maps of shape [n, c, h, w]")
@@ -49,21 +51,24 @@ def attention_map(f: Float[Tensor, "n c h w"], p: float | int = 4) -> Float[Tens
             f"attention power p={p}", "Give a finite p >= 1 (4 in the paper, 1 in the released code)"
         )
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+    return F.normalize(_over_peak(_power(f, p).sum(1).flatten(1)), dim=1)
+
+
+def _power(f: Tensor, p: float | int) -> Tensor:
+    """|f|^p, up to a factor for each image: exact and fast where p is 1 or 4, without overflow elsewhere."""
     if p == 4:
-        power = f.square().square()
-    else:
-        power = f.abs() if p == 1 else _over_peak(f.abs()).pow(p)
-    return F.normalize(_over_peak(power.sum(1).flatten(1)), dim=1)
+        return f.square().square()
+    return f.abs() if p == 1 else _over_peak(f.abs()).pow(p)
 
 
 def _over_peak(x: Tensor) -> Tensor:
-    """x over the largest value of each image, which a unit norm hides again: no power over- or underflows."""
+    """x over the largest value of each image, a factor that a unit norm takes out again."""
     peak = x.detach().flatten(1).amax(1)
     return x / torch.where(peak > 0, peak, 1).view(-1, *[1] * (x.ndim - 1))
 
 
 def mmd_term(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
-    """Squared distance of class mean embeddings, summed over dimensions and classes (DM, eq. 4; DataDAM, eq. 4)."""
+    """Squared distance of class mean embeddings, summed over dimensions and classes (DM, DataDAM: eq. 4)."""
     _same_shape(real, synthetic)
     return (real - synthetic).square().sum()
 
@@ -121,8 +126,8 @@ def image_statistics(
     return maps, wide
 
 
-# what the two published forms differ in: the paper's table, and the authors' released code (also batch norm in train
-# mode, where the paper has the instance norm that is ConvNet's default)
+# what the two published forms differ in: the paper's table, and the authors' released code (also batch norm
+# in train mode, where the paper has the instance norm that is ConvNet's default)
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"p": 4.0, "steps": 8000, "real_per_class": 128, "schedule": "constant"},
     "released": {"p": 1.0, "steps": 20000, "real_per_class": 64, "schedule": "drop"},
@@ -133,11 +138,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class AttentionOptions:
     """Options of the `attention` matcher; None means the value of `variant` (see VARIANTS).
 
-    `lr` is the pixel rate at `scale` 100 and `schedule` its course (constant, cosine, drop); `layers` are numbers of
-    ReLU layers (None: all but the last); `augment` a DSA string, "auto" for the papers' (no flip on digits);
-    `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the batch;
-    the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the embedding term,
-    a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published balance of the two terms.
+    `lr` is the pixel rate at `scale` 100 and `schedule` its course (constant, cosine, drop); `layers` are
+    numbers of ReLU layers (None: all but the last); `augment` a DSA string, "auto" the papers' (no flip on
+    digits); `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the
+    batch; the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the
+    embedding term, a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published
+    balance of the two terms.
     """
 
     variant: str = "paper"

@@ -93,7 +93,7 @@ def workspace(task: Task, network: NetSpec) -> Workspace:
 
 
 def groups(classes: int, per_class: int, chunk: int, together: bool) -> Iterator[Int[Tensor, " g"]]:
-    """Consecutive classes in groups of at most `chunk` images (at least one class); all at once if `together`.
+    """Consecutive classes in groups of at most `chunk` images (at least one class); all if `together`.
 
     `per_class` is the larger of the real and the synthetic images of a class.
     """
@@ -106,7 +106,7 @@ def members(classes: Int[Tensor, " n"], count: int) -> list[Tensor]:
 
 
 def listing(picks: list[Tensor], group: Int[Tensor, " g"]) -> tuple[Tensor, Tensor]:
-    """The picked indices of the classes in `group`, one class after the other, and each one's place in `group`."""
+    """The picked indices of the classes in `group`, class after class, and each one's place in `group`."""
     chosen = [picks[c] for c in group.tolist()]
     place = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(p) for p in chosen]))
     return torch.cat(chosen), place
@@ -115,7 +115,10 @@ def listing(picks: list[Tensor], group: Int[Tensor, " g"]) -> tuple[Tensor, Tens
 def group_means(
     pieces: Iterator[tuple[list[Tensor], Int[Tensor, " n"]]], count: int
 ) -> list[Float[Tensor, "g _"]]:
-    """Class means of per-image statistics that arrive in pieces, each with its images' places in the group."""
+    """Class means of per-image statistics that arrive in pieces, each with its images' places in the group.
+
+    Every class needs an image: one without has the mean 0.
+    """
     sums: list[Tensor] = []
     numbers = torch.zeros(count)
     for values, place in pieces:
@@ -129,11 +132,11 @@ def group_means(
 def matching_gradient(
     synth: SynthSet, work: Workspace, rng: Rng, o: DescentOptions, statistics: Statistics, loss: Loss
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of `loss` between class means of real and synthetic statistics on one fresh network, and the loss.
+    """Gradient of `loss` between class means of real and synthetic statistics on a fresh network; the loss.
 
-    Each class has its own DSA parameters, the same for its real and synthetic images (siamese). Groups of classes
-    are taken in turn and the real images of a group in pieces of `chunk`; with batch norm all classes go together,
-    real and synthetic apart, because the batch is part of the statistics.
+    Each class has its own DSA parameters, the same for its real and synthetic images (siamese). Groups of
+    classes are taken in turn and the real images of a group in pieces of `chunk`; with batch norm all classes
+    go together, real and synthetic apart, because the batch is part of the statistics.
     """
     spec, device, together = work.data.spec, work.task.device, work.extra["together"]
     k, per_class = len(spec.classes), o.real_per_class or 1
@@ -197,12 +200,12 @@ def step(
 
 
 def width_factor(dimensions: int, follow: bool) -> float:
-    """2048 / d, the published embedding (ConvNet-3, width 128, 32 px) over this one; 1 where it is not followed."""
+    """2048 / d, the published embedding (ConvNet-3, width 128, 32 px) over this one; 1 without `follow`."""
     return PUBLISHED_EMBEDDING / dimensions if follow else 1.0
 
 
 def scheduled(lr: float | int, schedule: str, step: int, steps: int) -> float:
-    """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop", the released code)."""
+    """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop": released)."""
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
     return lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr

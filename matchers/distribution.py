@@ -1,10 +1,10 @@
-"""Distribution matching (DM, Zhao and Bilen, WACV 2023): the mean embedding of each class over fresh networks.
+"""Distribution matching (DM, Zhao and Bilen, WACV 2023): mean embeddings of classes over fresh networks.
 
     L = scale * sum_k |mean psi(A(real_k)) - mean psi(A(syn_k))|^2
 
 psi is the flattened trunk of a randomly drawn network (a sum over its dimensions, not a mean), A one siamese
-augmentation a class. Pixel SGD, rate 1 (10 from 100 images per class on), momentum .5, 256 real images a class,
-20,000 steps. Published, CIFAR-10, ConvNet-3: 26.0 / 48.9 / 63.0 % at 1 / 10 / 50 images per class.
+augmentation a class. Pixel SGD, rate 1 (10 from 100 images per class on), momentum .5, 256 real images a
+class, 20,000 steps. Published, CIFAR-10, ConvNet-3: 26.0 / 48.9 / 63.0 % at 1 / 10 / 50 images per class.
 It is attention matching without its attention term: the same step, the same draws, the same bits.
 """
 

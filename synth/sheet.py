@@ -57,11 +57,21 @@ def _tiles(images: Images, c: int, per_class: int, scale: int | None) -> list[Im
 
 
 def to_pixels(images: Images) -> UInt8[Tensor, "n h w c"]:
-    """Displayable uint8 images of 1 or 3 channels (CPU), rounded and clamped."""
+    """Displayable uint8 images of 1 or 3 channels (CPU).
+
+    An image whose pixels leave [0, 1] is squeezed: its range from the 1st to the 99th percentile, 0 and 1 included,
+    becomes black to white; images inside [0, 1] are shown as they are.
+    """
     x: Float[Tensor, "n c h w"] = images.x.detach().cpu().float()
     x = x / 255 if images.x.dtype == torch.uint8 else images.spec.denormalise(x)
     x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
-    return (x.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    x = x.nan_to_num(0.0)
+    if len(x):
+        low, high = torch.quantile(x.flatten(1), torch.tensor([0.01, 0.99]), dim=1)[:, :, None, None, None]
+        low, high = low.clamp(max=0), high.clamp(min=1)
+        x = (x - low) / (high - low)
+    shown = x.clamp(0, 1)
+    return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _lay_out(rows: list[list[Image.Image]], classes: tuple[str, ...], tile: tuple[int, int]) -> Image.Image:

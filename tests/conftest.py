@@ -1,4 +1,4 @@
-"""What all tests share. Nothing of ours is imported here: annotations are checked from the first import on."""
+"""What all tests share. Nothing of ours is imported here: annotations are checked from the first import."""
 
 import os
 import sys

@@ -36,7 +36,7 @@ def matcher(request):
 
 
 def run(matcher, task, seed=5, state=None):
-    """The states from a start, or from `state`, to the end, the metrics of each step, and the finished set."""
+    """The states from a start, or from `state`, to the end, the metrics of each step, the finished set."""
     rng = Rng(seed)
     states, metrics = [state if state is not None else matcher.init(task, rng)], []
     work = matcher.prepare(task, rng)

@@ -53,7 +53,7 @@ def strategy_for(dataset: str) -> str:
 
 
 def parse(strategy: str) -> tuple[int, ...]:
-    """Operator numbers of a DSA string such as "color_crop_flip"; "none" or "" is no operator (UsageError)."""
+    """Operator numbers of a DSA string such as "color_crop_flip"; "none" or "" is none (else UsageError)."""
     names = [] if strategy in ("", "none") else strategy.split("_")
     for name in names:
         if name not in OPS:

@@ -188,5 +188,5 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, manifest):
 )
 def test_a_state_of_another_form_is_refused(tmp_path, template):
     checkpoint.save(tmp_path, 3, STATE, {})
-    with pytest.raises(ArtefactError, match="the checkpoint has no '/.*' of the right kind"):
+    with pytest.raises(ArtefactError, match=r"the checkpoint has no '/.*' of the right kind"):
         checkpoint.load(tmp_path, 3, template)

@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot create the folder .*file/below"):
+    with pytest.raises(UsageError, match=r"cannot create the folder .*file/below"):
         files.make_folder(tmp_path / "file" / "below")
     with pytest.raises(UsageError, match="cannot write"):
         files.write_bytes(tmp_path / "missing" / "a", b"")
@@ -198,5 +198,5 @@ def test_numbers_that_are_not_finite_are_not_logged(tmp_path):
 
 
 def test_appending_below_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot append to .*log"):
+    with pytest.raises(UsageError, match=r"cannot append to .*log"):
         files.append_json_line(tmp_path / "missing" / "log.jsonl", {})

@@ -1,4 +1,4 @@
-"""The attention loss against the papers' sums written value by value, its derivatives, invariances and limits."""
+"""The attention loss against the papers' sums value by value, its derivatives, invariances and limits."""
 
 import inspect
 import math
@@ -241,7 +241,7 @@ def test_layers_that_the_network_lacks_are_refused(layers):
 
 
 def test_wrong_shapes_and_powers_are_refused():
-    with pytest.raises(REFUSED, match="feature maps|f: "):
+    with pytest.raises(REFUSED, match=r"feature maps|f: "):
         attention_map(randn(3, 5, 7))
     for p in (0.5, math.nan, math.inf):
         with pytest.raises(UsageError, match="attention power p="):
@@ -251,7 +251,7 @@ def test_wrong_shapes_and_powers_are_refused():
         attention_matching_loss(good, other)
     with pytest.raises(UsageError, match="1 real and 0 synthetic attention layers"):
         attention_matching_loss(good, Statistics((), randn(3, 5)))
-    with pytest.raises(REFUSED, match="real statistics|synthetic"):
+    with pytest.raises(REFUSED, match=r"real statistics|synthetic"):
         mmd_term(randn(3, 5), randn(2, 5))
 
 

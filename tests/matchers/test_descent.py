@@ -1,4 +1,4 @@
-"""One step against the formulas, in any number of chunks; the limit to distribution matching; draws; memory."""
+"""One step against the formulas, in chunks; the limit to distribution matching; draws; memory."""
 
 import math
 from dataclasses import replace
@@ -68,14 +68,17 @@ def reference_gradient(problem, o, synthetic, rng, norm="instance"):
             target = class_statistics(net, dsa.apply(real, row), o.p)
         mine = class_statistics(net, dsa.apply(synthetic[c * ipc : (c + 1) * ipc], row), o.p)
         for layer, (a, b) in enumerate(zip(target, mine, strict=True)):
-            weight = o.mmd_weight if layer == len(mine) - 1 else o.sam_weight
+            embedding = o.mmd_weight * (2048 / len(a) if o.follow_width else 1)
+            weight = embedding if layer == len(mine) - 1 else o.sam_weight
             loss = loss + o.scale * weight * ((a - b) ** 2).sum()
     return loss.detach(), torch.autograd.grad(loss, synthetic)[0]
 
 
-@pytest.mark.parametrize(("p", "name"), [(4, "noise"), (1, "digits")])
-def test_a_step_is_the_formula_class_by_class(p, name):
-    problem, matcher = task(name=name), AttentionMatching(replace(QUICK, p=p), NET)
+@pytest.mark.parametrize(
+    ("p", "name", "follow"), [(4, "noise", False), (1, "digits", False), (2, "noise", True)]
+)
+def test_a_step_is_the_formula_class_by_class(p, name, follow):
+    problem, matcher = task(name=name), AttentionMatching(replace(QUICK, p=p, follow_width=follow), NET)
     rng, o = Rng(3), matcher.options.resolved()
     before = matcher.init(problem, rng)
     loss, gradient = reference_gradient(problem, o, before.synth.images, rng.fold("step", 0).fold(0))
@@ -129,9 +132,10 @@ def test_no_forward_is_larger_than_the_chunk(chunk, ipc):
     assert sum(sizes) == 11 * (7 + ipc) and max(sizes) <= chunk
 
 
-@pytest.mark.parametrize("chunk", [9, 512])
-def test_attention_without_its_attention_term_is_distribution_matching_bit_for_bit(chunk):
+@pytest.mark.parametrize(("chunk", "follow"), [(9, True), (512, False)])
+def test_attention_without_its_attention_term_is_distribution_matching_bit_for_bit(chunk, follow):
     shared = {"steps": 5, "real_per_class": 7, "chunk": chunk, "lr": 0.3, "networks_per_step": 2}
+    shared["follow_width"] = follow
     attention = AttentionMatching(AttentionOptions(sam_weight=0, mmd_weight=1, scale=1, **shared), NET)
     distribution = DistributionMatching(DistributionOptions(**shared), NET)
     (a, losses), (b, same) = (stepped(matcher, task(), 3) for matcher in (attention, distribution))
@@ -140,21 +144,23 @@ def test_attention_without_its_attention_term_is_distribution_matching_bit_for_b
     assert torch.equal(a.synth.images, b.synth.images)
 
 
-def test_distribution_matching_is_its_formula():
+@pytest.mark.parametrize("follow", [False, True])
+def test_distribution_matching_is_its_formula(follow):
     problem = task()
-    matcher = DistributionMatching(DistributionOptions(steps=3, real_per_class=7), NET)
-    o = AttentionOptions(p=2.0, real_per_class=7, sam_weight=0, mmd_weight=1, scale=1)
+    matcher = DistributionMatching(DistributionOptions(steps=3, real_per_class=7, follow_width=follow), NET)
+    o = AttentionOptions(p=2.0, real_per_class=7, sam_weight=0, mmd_weight=1, scale=1, follow_width=follow)
     rng = Rng(3)
     images = matcher.init(problem, rng).synth.images
     loss, gradient = reference_gradient(problem, o, images, rng.fold("step", 0).fold(0))
     state, losses = stepped(matcher, problem)
     torch.testing.assert_close(losses[0], loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(state.velocity["images"], gradient, rtol=1e-4, atol=1e-6)
+    largest = float(gradient.abs().max())
+    torch.testing.assert_close(state.velocity["images"], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_batch_norm_sees_all_classes_together_real_and_synthetic_apart():
     problem = task()
-    matcher = AttentionMatching(replace(QUICK, variant="released", chunk=1), NET)
+    matcher = AttentionMatching(replace(QUICK, variant="released", chunk=1, follow_width=False), NET)
     rng, spec, o = Rng(3), problem.source.spec, matcher.options.resolved()
     draws = rng.fold("step", 0).fold(0)
     images = matcher.init(problem, rng).synth.images

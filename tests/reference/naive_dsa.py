@@ -49,8 +49,8 @@ def flip(x, flipped):
 
 
 def warp(x, matrix):
-    """Bilinear sampling at `matrix` applied to pixel centres, where the image spans [-1, 1]; zeros outside."""
-    c, h, w = x.shape
+    """Bilinear sampling at `matrix` applied to pixel centres (the image spans [-1, 1]); zeros outside."""
+    h, w = x.shape[1:]
     out = torch.zeros_like(x)
     for i, j in itertools.product(range(h), range(w)):
         at_x, at_y = (2 * j + 1) / w - 1, (2 * i + 1) / h - 1

@@ -1,4 +1,4 @@
-"""The losses of attention and distribution matching as the papers write them, value by value in Python floats.
+"""The losses of attention and distribution matching as in the papers, value by value in Python floats.
 
 Feature maps are nested as [image][channel][row][column], embeddings as [image][dimension]; `labels` are the
 class numbers of the images.

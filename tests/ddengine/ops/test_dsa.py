@@ -1,4 +1,4 @@
-"""Each operator against its pixel-by-pixel version, and what makes augmentations siamese, grouped and replayable."""
+"""Each operator against its pixel-by-pixel version; siamese, grouped and replayable parameters."""
 
 import math
 
@@ -223,5 +223,5 @@ def test_an_unknown_operator_is_refused_with_the_nearest():
 def test_rows_that_do_not_cover_the_batch_are_refused():
     params = drawn("crop", 3, (8, 8))
     for rows in (None, torch.zeros(4, dtype=torch.long)):
-        with pytest.raises((UsageError, TypeError), match="augmentation rows|apply"):
+        with pytest.raises((UsageError, TypeError), match=r"augmentation rows|apply"):
             dsa.apply(images(5, 1, 8, 8), params, rows)
