@@ -128,7 +128,7 @@ def main() -> None:
             spread = {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
             memory = max(f["step_bytes"] for f in mine)
             rows.append({"kind": kind, "classes": classes, "seconds": spread, "step_bytes": memory})
-    setting = {"width": given.width, "threads": given.threads, "real_per_class": REAL, "ipc": IPC, "chunk": 512}
+    setting = {"width": given.width, "threads": given.threads, "real_per_class": REAL, "ipc": IPC, "chunk": 128}
     machine = {"torch": torch.__version__, "machine": platform.machine(), "python": platform.python_version()}
     out = {"setting": setting, **machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     (RESULTS / "attention_step.json").write_text(json.dumps(out, indent=1) + "\n")

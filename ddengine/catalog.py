@@ -34,7 +34,7 @@ def listing(kind: str) -> list[tuple[str, str, str]]:
 
 
 def folder() -> Path:
-    """The folder of the shipped configurations: `ddengine/conf` when installed, `configs/` in a source tree."""
+    """The folder of the shipped configurations: `ddengine/conf` if installed, `configs/` in a source tree."""
     installed = Path(__file__).parent / "conf"
     return installed if installed.is_dir() else ROOT / "configs"
 
@@ -43,7 +43,9 @@ def configs() -> list[tuple[str, str, str]]:
     """The shipped result rows: name, origin, and the first comment line of the file."""
     found = []
     for path in sorted((folder() / "row").glob("*.yaml")):
-        comments = [line.lstrip("# ") for line in path.read_text("utf-8").splitlines() if line.startswith("#")]
+        comments = [
+            line.lstrip("# ") for line in path.read_text("utf-8").splitlines() if line.startswith("#")
+        ]
         said = [comment for comment in comments if not comment.startswith("@package")]
         found.append((path.stem, "ddengine", said[0] if said else ""))
     return found

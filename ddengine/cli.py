@@ -54,7 +54,7 @@ FLAGS = ("--json", "--help", "-h")
 
 
 def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
-    """Run one command and return its exit code; `pinned` makes our packages win over modules of their names."""
+    """Run one command and return its exit code; `pinned` makes our packages win over their namesakes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if pinned:
@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
         return _fail(error.cause, error.remedy, error.code, error)
     except KeyboardInterrupt as error:
         return _fail("interrupted", "Repeat the same command", EXIT_INTERRUPTED, error)
+    except OSError as error:
+        remedy = "Check the path, your rights to it, and the room on its disk"
+        refused = f"the system refuses {error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(refused, remedy, EXIT_USAGE if error.filename else EXIT_FAILED, error)
     except Exception as error:
         return _fail(
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
@@ -159,7 +163,7 @@ def _help(command: str) -> str:
 
 
 def _split(command: str, words: list[str]) -> tuple[Path, list[str]]:
-    paths = [w for w in words if "=" not in w] or [w for w in words[:1] if os.path.exists(w)]
+    paths = [w for w in words if "=" not in w] or [w for w in words[:1] if Path(w).exists()]
     overrides = [w for w in words if w not in paths]
     if len(paths) != 1:
         raise UsageError(f"{command} takes one PATH, not {len(paths)}", f"Write: ddengine {command} PATH")
@@ -186,7 +190,7 @@ def _demo(words: list[str], as_json: bool) -> int:
 
 
 def _distill(words: list[str], as_json: bool) -> int:
-    from ddengine import recipes
+    from ddengine import artefacts, recipes
     from ddengine.compose import composed
     from ddengine.console import Console
 
@@ -194,18 +198,18 @@ def _distill(words: list[str], as_json: bool) -> int:
     with Console() as console:
         result = recipes.run_distill(config, console.watch())
     assert result.folder is not None
-    found = {**recipes.summary(result.folder), "resumed_from": result.resumed_from}
-    _show(json.dumps(found) if as_json else recipes.summary_text(found))
+    found = {**artefacts.summary(result.folder), "resumed_from": result.resumed_from}
+    _show(json.dumps(found) if as_json else artefacts.summary_text(found))
     return EXIT_DONE
 
 
 def _evaluate(words: list[str], as_json: bool) -> int:
-    from ddengine import recipes
+    from ddengine import artefacts, recipes
     from ddengine.compose import composed
     from ddengine.console import Console
 
     path, overrides = _split("evaluate", words)
-    config = composed("evaluate", overrides, recipes.manifest_values(path))
+    config = composed("evaluate", overrides, artefacts.manifest_values(path))
     with Console() as console:
         table = recipes.run_evaluate(path, config, console.watch())
     _print_table(table, as_json)
@@ -213,21 +217,21 @@ def _evaluate(words: list[str], as_json: bool) -> int:
 
 
 def _inspect(words: list[str], as_json: bool) -> int:
-    from ddengine import recipes
+    from ddengine import artefacts
 
     path, overrides = _split("inspect", words)
     _no_keys("inspect", overrides)
-    found = recipes.summary(path)
-    _show(json.dumps(found) if as_json else recipes.summary_text(found))
+    found = artefacts.summary(path)
+    _show(json.dumps(found) if as_json else artefacts.summary_text(found))
     return EXIT_DONE
 
 
 def _verify(words: list[str], as_json: bool) -> int:
-    from ddengine import recipes
+    from ddengine import artefacts
 
     path, overrides = _split("verify", words)
     _no_keys("verify", overrides)
-    lines = recipes.verified(path)
+    lines = artefacts.verified(path)
     found = {"path": str(path), "ok": True, "checks": lines}
     _show(json.dumps(found) if as_json else "\n".join([*map(one_line, lines), "ok"]))
     return EXIT_DONE

@@ -5,7 +5,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -26,8 +25,7 @@ PATHS = ("out", "dataset.root")  # taken as typed, so that no path needs quotes
 
 
 def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The checked configuration of `command` as an instance of its dataclass; its matcher node has
-    name and options.
+    """The checked configuration of `command`: its dataclass, whose matcher node holds name and options.
 
     `defaults` are values of keys that `overrides` replace; where these choose another dataset or network, the
     defaults of its options go too. Raises UsageError for a syntax error, an unknown key or choice (with the
@@ -52,7 +50,7 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
     return OmegaConf.to_object(made)
 
 
-def override(key: str, value: Any) -> str:
+def spelled(key: str, value: Any) -> str:
     """`key=value` in hydra's grammar, whatever characters a text holds."""
     if not isinstance(value, str):
         return f"{key}={'null' if value is None else str(value).lower()}"
@@ -65,7 +63,7 @@ def _still_meant(defaults: Mapping[str, Any], overrides: Sequence[str]) -> Itera
     for key, value in defaults.items():
         group = key.split(".")[0]
         if chosen.get(group, defaults.get(group)) == defaults.get(group):
-            yield override(key, value)
+            yield spelled(key, value)
 
 
 def _example(key: str) -> str:
@@ -112,13 +110,11 @@ def _schema(name: str) -> Any:
     columns: list[Any] = [("name", str, field(default=name))]
     for f in fields(options):
         value = f.default  # not the prototype's value: a variant may fill in what is left open
-        default = partial(list, value) if isinstance(value, tuple) else partial(_same, value)
-        columns.append((f.name, hints[f.name], field(default_factory=default)))
+        default = (
+            field(default_factory=partial(list, value)) if isinstance(value, tuple) else field(default=value)
+        )
+        columns.append((f.name, hints[f.name], default))
     return make_dataclass(f"{type(options).__name__}Config", columns)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -140,7 +136,7 @@ def _literal(text: str) -> str:
     """`text` with its value quoted if it is a path that is neither quoted, null nor an interpolation."""
     key, _, value = text.partition("=")
     typed = key in PATHS and value not in ("", "null") and value[0] not in "'\"" and "${" not in value
-    return override(key, value) if typed else text
+    return spelled(key, value) if typed else text
 
 
 def _check_choice(choice: Override) -> None:
@@ -150,7 +146,7 @@ def _check_choice(choice: Override) -> None:
 
 
 def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
-    for key in node:
+    for key in map(str, node):
         full = f"{path}{key}"
         yield full
         child = node._get_node(key)

@@ -33,7 +33,7 @@ class Console:
         return Watch(notice=self._notice, bar=self._bar if self.rich.is_terminal else _lines)
 
     def _notice(self, text: str) -> None:
-        self.rich.print(text, markup=False, soft_wrap=True)
+        self.rich.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self.progress is not None:

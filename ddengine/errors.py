@@ -53,7 +53,7 @@ def require(value: object, allowed: Iterable[object], name: str) -> None:
         raise unknown(name, value, [str(a) for a in allowed])
 
 
-def require_positive(name: str, value: float | int, *, zero: bool = False) -> None:  # noqa: PYI041 (beartype)
+def require_positive(name: str, value: float | int, *, zero: bool = False) -> None:
     """Refuse a number that is not finite and positive (or zero, where `zero` allows it)."""
     if not (value == value and abs(value) != float("inf") and (value > 0 or (zero and value == 0))):
         rule = "zero or positive" if zero else "positive"

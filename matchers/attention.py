@@ -162,7 +162,7 @@ class AttentionOptions:
     start: str = "real"
     networks: str = "random"
     networks_per_step: int = 1
-    chunk: int = 512
+    chunk: int = 128
     codec: str = "uint8"
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from ddengine.types import Budget, Matcher, Task
 from synth import DistilledSet
 
 NET = NetSpec("convnet", width=4, depth=2)
-QUICK = {"steps": 4, "real_per_class": 5, "chunk": 13}
+QUICK = {"steps": 3, "real_per_class": 5, "chunk": 31}
 DETERMINISTIC = {"herding", "kcenter"}  # selections that draw nothing
 IPC = 3
 
@@ -73,8 +73,8 @@ def test_the_same_seed_gives_the_same_bits(matcher, task):
     assert first[1] == second[1] and same(first[2], second[2])
 
 
-def test_another_seed_gives_another_set(matcher, task, request):
-    sets = [run(matcher, task, seed)[2] for seed in range(4)]
+def test_another_seed_gives_another_set(matcher, task):
+    sets = [run(matcher, task, seed)[2] for seed in range(3)]
     alike = [same(sets[0], other) for other in sets[1:]]
     if getattr(matcher, "selection", None) in DETERMINISTIC:
         assert all(alike)
@@ -98,7 +98,7 @@ def test_a_step_leaves_its_input_untouched(matcher, task):
     rng = Rng(5)
     state, work = matcher.init(task, rng), matcher.prepare(task, rng)
     source = task.source.x.clone()
-    for _ in range(3):
+    for _ in range(2):
         before = copied(state)
         after, _ = matcher.step(state, work, rng)
         after, _ = matcher.step(after, work, rng)

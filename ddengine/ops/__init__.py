@@ -1,0 +1,1 @@
+"""Operations that several islands need: augmentation and whitening."""

@@ -1,0 +1,81 @@
+"""What a stored set says of itself: where it lies, what it names, what `inspect` and `verify` show."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ddengine.config import DatasetConfig, NetworkConfig
+from ddengine.errors import ArtefactError, one_line
+from synth import DistilledSet, verify
+
+
+def artefact(path: Path) -> Path:
+    """The folder of the set at `path`: itself, or `distilled` in a run's folder (else ArtefactError)."""
+    for folder in (path, path / "distilled"):
+        if (folder / "manifest.json").is_file():
+            return folder
+    if (path / "run.json").is_file():
+        raise ArtefactError(f"the run {path} is not finished", "Repeat its distill command to go on")
+    raise ArtefactError(
+        f"{path} holds no distilled set", "Give the folder of a distilled set or of a finished run"
+    )
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that the set at `path` belongs to, None for a set on its own."""
+    folder = artefact(path).parent
+    return folder if (folder / "run.json").is_file() else None
+
+
+def manifest_values(path: Path) -> dict[str, Any]:
+    """Keys and values that make `evaluate` use the dataset and network which the set at `path` names."""
+    distilled = DistilledSet.load(artefact(path))
+    dataset = named(distilled, "dataset")
+    options = {f"dataset.{key}": value for key, value in dataset.items() if key != "name"}
+    return {"dataset": dataset["name"], **options, "network": named(distilled, "network")["name"]}
+
+
+def named(distilled: DistilledSet, group: str) -> dict[str, Any]:
+    """The `dataset` or `network` that the manifest names, with its options (else ArtefactError)."""
+    default = {"name": distilled.spec.name if group == "dataset" else "convnet"}
+    found = distilled.manifest["recipe"].get(group) or default
+    hints = get_type_hints(DatasetConfig if group == "dataset" else NetworkConfig)
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise ArtefactError(f"the manifest names no {group}: {found}", "Make the set again")
+    for key, value in found.items():
+        if key not in hints or not isinstance(value, hints[key]):
+            raise ArtefactError(f"the manifest's recipe has {group}.{key}={value}", "Make the set again")
+    return found
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What `inspect` shows of the set at `path`, after its files were verified (plain JSON)."""
+    folder = artefact(path)
+    distilled = DistilledSet.load(folder)
+    manifest = distilled.manifest
+    keys = ("format", "version", "kind", "count", "y_kind", "tensors")
+    tables = ("dataset", "budget", "recipe", "provenance")
+    return {"path": str(folder), **{key: manifest[key] for key in (*keys, *tables)}}
+
+
+def summary_text(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    dataset, budget, made = found["dataset"], found["budget"], found["provenance"]
+    network, matcher = found["recipe"].get("network"), made.get("matcher")
+    size = ", ".join(f"{key} {budget[key]:,}" for key in ("images", "labels", "extras", "total"))
+    kind = matcher.get("type", "?") if isinstance(matcher, dict) else "?"
+    run = ", ".join(f"{key} {made.get(key, '?')}" for key in ("steps", "seconds", "seed"))
+    shape = "x".join(map(str, dataset["shape"]))
+    lines = [
+        f"{found['path']}: {found['kind']}, {found['count']} images of {shape}",
+        f"  source   {dataset['name']}, {len(dataset['classes'])} classes, {dataset['preprocessing']}",
+        f"  bytes    {size}",
+        f"  made by  {kind}, {run}",
+        f"  network  {network.get('name', '?') if isinstance(network, dict) else 'none'}",
+    ]
+    return "\n".join(map(one_line, lines))
+
+
+def verified(path: Path) -> list[str]:
+    """The lines of `verify`: what was checked and found right (else ArtefactError)."""
+    return verify(artefact(path))
