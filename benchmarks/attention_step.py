@@ -2,9 +2,9 @@
 
     python benchmarks/attention_step.py [--width 32] [--repeat 5]
 
-The plain version is written from the formulas the way the papers' scripts do it: all real images of a class at once,
-one forward a class, every ReLU map kept, a new network object a step. Both see the same data and the same number of
-images. Each case runs in a process of its own, so that its peak memory is its own; the two versions take turns.
+The plain version is written from the formulas the way the papers' scripts do it: all real images of a class
+at once, one forward a class, every ReLU map kept, a new network object a step. Both see the same data and the
+same number of images. Each case has a process, and so a peak memory, of its own; the two take turns.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def plain(work: Task, width: int) -> Callable[[], None]:
 
 
 def case(kind: str, classes: int, width: int, repeat: int) -> dict[str, object]:
-    """Seconds of `repeat` steps after one to warm up, and the peak resident bytes above what was there before."""
+    """Seconds of `repeat` steps after one to warm up, and the peak resident bytes that the steps added."""
     work = task(classes)
     step = {"engine": engine, "plain": plain}[kind](work, width)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -99,7 +99,13 @@ def case(kind: str, classes: int, width: int, repeat: int) -> dict[str, object]:
         step()
         seconds.append(time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"kind": kind, "classes": classes, "seconds": seconds, "step_bytes": peak - before, "peak_bytes": peak}
+    return {
+        "kind": kind,
+        "classes": classes,
+        "seconds": seconds,
+        "step_bytes": peak - before,
+        "peak_bytes": peak,
+    }
 
 
 def main() -> None:
@@ -128,7 +134,13 @@ def main() -> None:
             spread = {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)}
             memory = max(f["step_bytes"] for f in mine)
             rows.append({"kind": kind, "classes": classes, "seconds": spread, "step_bytes": memory})
-    setting = {"width": given.width, "threads": given.threads, "real_per_class": REAL, "ipc": IPC, "chunk": 128}
+    setting = {
+        "width": given.width,
+        "threads": given.threads,
+        "real_per_class": REAL,
+        "ipc": IPC,
+        "chunk": 128,
+    }
     machine = {"torch": torch.__version__, "machine": platform.machine(), "python": platform.python_version()}
     out = {"setting": setting, **machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     (RESULTS / "attention_step.json").write_text(json.dumps(out, indent=1) + "\n")

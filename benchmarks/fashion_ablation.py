@@ -1,9 +1,9 @@
-"""What closes the distance of attention matching to random real images on Fashion-MNIST at 10 images per class.
+"""What moves attention matching away from random real images on Fashion-MNIST at 10 images per class.
 
     python benchmarks/fashion_ablation.py --root ../shared/data
 
-Each row changes the one before it or the best one; every row is distilled for the same number of steps and judged
-by three fresh ConvNet-3 of width 32 on the *validation* part. Rows already in the result file are not run again.
+Each row changes the one before it or the best one; all are distilled for the same number of steps and judged
+by three fresh ConvNet-3 of width 32 on the *validation* part. Rows already in the result file are kept.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from functools import partial
 from typing import Any, get_type_hints
@@ -21,6 +21,7 @@ from ddengine import catalog
 from ddengine.config import COMMANDS, DatasetConfig, NetworkConfig
 from ddengine.errors import UsageError, unknown
 
+GROUPS = ("dataset", "matcher", "network", "row")
 PATHS = ("out", "dataset.root")  # taken as typed, so that no path needs quotes
 
 
@@ -33,21 +34,24 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
     """
     parsed = _parse([*_still_meant(defaults or {}, overrides), *overrides])
     choices = [o for o in parsed if o.key_or_group in _groups(command)]
-    _register({str(o.value()) for o in choices})
+    plain = [o for o in parsed if o not in choices]
+    for choice in choices:
+        _check_choice(choice)
+    _register(choices)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(catalog.folder().resolve()), version_base="1.3", job_name="ddengine"):
-        for choice in choices:
-            _check_choice(choice)
-        plain = [o for o in parsed if o not in choices]
-        base = _compose(command, choices)
-        for override in plain:
-            _check_key(override, base)
-        made = _compose(command, [*choices, *plain])
-    missing = OmegaConf.missing_keys(made)
+        try:
+            made = _compose(command, parsed)
+            missing = OmegaConf.missing_keys(made)
+            found = None if missing else OmegaConf.to_object(made)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(command, choices, plain, error) from error
+    for override in plain:
+        _check_key(override, made)
     if missing:
         key = min(missing, key=len)
         raise UsageError(f"{command} needs {key}", f"Give {_example(key)}")
-    return OmegaConf.to_object(made)
+    return found
 
 
 def spelled(key: str, value: Any) -> str:
@@ -67,17 +71,14 @@ def _still_meant(defaults: Mapping[str, Any], overrides: Sequence[str]) -> Itera
 
 
 def _example(key: str) -> str:
-    known = _choices().get(key.split(".")[0])
-    return f"{key.split('.')[0]}=NAME, one of: {', '.join(known)}" if known else f"{key}=VALUE"
+    group = key.split(".")[0]
+    return f"{group}=NAME, one of: {', '.join(_known(group))}" if group in GROUPS else f"{key}=VALUE"
 
 
-def _choices() -> dict[str, list[str]]:
-    return {
-        "dataset": [name for name, _, _ in catalog.listing("datasets")],
-        "network": [name for name, _, _ in catalog.listing("networks")],
-        "matcher": matchers.names(),
-        "row": [name for name, _, _ in catalog.configs()],
-    }
+def _known(group: str) -> list[str]:
+    if group == "row":
+        return [name for name, _, _ in catalog.configs()]
+    return [name for name, _, _ in catalog.listing(f"{group}s")]
 
 
 def _groups(command: str) -> list[str]:
@@ -85,18 +86,25 @@ def _groups(command: str) -> list[str]:
     return [group for entry in COMMANDS[command]().defaults if isinstance(entry, dict) for group in entry]
 
 
-def _register(chosen: Collection[str]) -> None:
-    """Tell hydra our schemas: one per command, dataset, network and matcher (of plug-ins the chosen ones)."""
-    store, known = ConfigStore.instance(), _choices()
+def _register(choices: Sequence[Override]) -> None:
+    """Tell hydra our schemas, one per command, dataset, network and matcher, and those of chosen plug-ins."""
+    store = ConfigStore.instance()
     for command, schema in COMMANDS.items():
         store.store(name=command, node=schema)
-    for name in known["dataset"]:
-        store.store(group="dataset", name=name, node=DatasetConfig(name=name))
-    for name in known["network"]:
-        store.store(group="network", name=name, node=NetworkConfig(name=name))
-    for name in known["matcher"]:
-        if name in matchers.MATCHERS or name in chosen:
-            store.store(group="matcher", name=name, node=_schema(name))
+    makers: dict[str, Callable[[str], Any]] = {
+        "dataset": DatasetConfig,
+        "network": NetworkConfig,
+        "matcher": _schema,
+    }
+    for group, make in makers.items():
+        chosen = [str(o.value()) for o in choices if o.key_or_group == group]
+        ours = [name for name in catalog.KINDS[f"{group}s"] if not _is_stored(group, name)]
+        for name in {*ours, *chosen}:
+            store.store(group=group, name=name, node=make(name))
+
+
+def _is_stored(group: str, name: str) -> bool:
+    return f"{name}.yaml" in ConfigStore.instance().repo.get(group, {})
 
 
 def _schema(name: str) -> Any:
@@ -140,9 +148,11 @@ def _literal(text: str) -> str:
 
 
 def _check_choice(choice: Override) -> None:
-    known, value = _choices()[choice.key_or_group], choice.value()
-    if not isinstance(value, str) or value not in known:
-        raise unknown(choice.key_or_group, "null" if value is None else value, known)
+    group, value = choice.key_or_group, choice.value()
+    if isinstance(value, str) and value in catalog.KINDS.get(f"{group}s", ()):
+        return
+    if not isinstance(value, str) or value not in _known(group):
+        raise unknown(group, (choice.input_line or "").partition("=")[2], _known(group))
 
 
 def _keys(node: DictConfig, path: str = "") -> Iterator[str]:
@@ -167,26 +177,25 @@ def _check_key(override: Override, base: DictConfig) -> None:
 
 
 def _compose(command: str, overrides: Sequence[Override]) -> DictConfig:
-    try:
-        return compose(config_name=command, overrides=[o.input_line or "" for o in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        choices = [o for o in overrides if o.key_or_group in _groups(command)]
-        raise _explained(command, choices, [o for o in overrides if o not in choices], error) from error
+    return compose(config_name=command, overrides=[o.input_line or "" for o in overrides])
 
 
 def _explained(
     command: str, choices: Sequence[Override], plain: Sequence[Override], error: Exception
 ) -> UsageError:
     """The error that names the one override which does not fit, found by composing each of them alone."""
-    for override in plain:
-        try:
-            compose(config_name=command, overrides=[o.input_line or "" for o in (*choices, override)])
-        except (HydraException, OmegaConfBaseException) as alone:
-            cause = f"{override.input_line}: {_reason(alone)}"
-            return UsageError(cause, "Give a value of the type that the key has")
-    group = next((g for g in ("dataset", "matcher", "network") if f"'{g}'" in str(error)), None)
+    group = next((g for g in GROUPS if f"'{g}'" in str(error)), None)
     if "must specify" in str(error) and group is not None:
         return UsageError(f"{command} needs {group}", f"Give {_example(group)}")
+    culprit = " ".join(o.input_line or "" for o in choices)
+    try:
+        base = _compose(command, choices)
+        for override in plain:
+            culprit = override.input_line or ""
+            _check_key(override, base)
+            OmegaConf.to_container(_compose(command, [*choices, override]), resolve=True)
+    except (HydraException, OmegaConfBaseException) as alone:
+        return UsageError(f"{culprit}: {_reason(alone)}", "Give a value of the type that the key has")
     return UsageError(_reason(error), f"See ddengine {command} --help for the keys")
 
 

@@ -57,7 +57,7 @@ class RecipeConfig:
 
 def _groups(*names: str, row: bool = False) -> list[Any]:
     given = {"dataset": MISSING, "matcher": "attention", "network": "convnet"}
-    return [*({name: given[name]} for name in names), "_self_", *([{"row": None}] if row else [])]
+    return ["_self_", *({name: given[name]} for name in names), *([{"row": None}] if row else [])]
 
 
 @dataclass

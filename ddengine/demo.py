@@ -1,4 +1,4 @@
-"""`ddengine demo`: distil the embedded digits at one image per class and judge the result, offline, on two cores."""
+"""`ddengine demo`: distil the embedded digits at one image per class and judge the result, offline."""
 
 import os
 from pathlib import Path
@@ -53,8 +53,9 @@ def page(table: Table, made: loop.Result) -> str:
         [
             "# Digits at one image per class",
             "",
-            f"Attention matching, {made.steps} steps, {made.seconds:.0f} s. Every row below was trained by the same "
-            f"recipe with the same {table.recipe.steps} optimiser steps; rates were chosen on validation images.",
+            f"Attention matching, {made.steps} steps, {made.seconds:.0f} s. Every row was trained "
+            f"by the same recipe with the same {table.recipe.steps} optimiser steps; "
+            "rates were chosen on validation images.",
             "",
             report.table_markdown(table.to_json()),
             "![the distilled images, one row a class](distilled/preview.png)",

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def _package(name: str) -> Finding:
 
 def _torchvision() -> Finding:
     try:
-        import torchvision.ops  # noqa: F401  # its compiled part fails here when it does not fit torch
+        import_module("torchvision.ops")  # its compiled part fails here when it does not fit torch
     except Exception as error:
         cause = " ".join(str(error).split())
         return Finding("torchvision fits torch", False, f"{cause}; install a matching pair of the two")

@@ -1,7 +1,7 @@
 """Where our packages come from: `synth` and `matchers` are common names, and another may stand in front."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ class SiblingFinder:
 
     @staticmethod
     def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        name: str, path: Iterable[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of a sibling package, None for every other name."""
         return PathFinder.find_spec(name, [str(ROOT)]) if name in SIBLINGS else None

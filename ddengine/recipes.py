@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
-from ddengine.types import Budget, Images, Matcher, Task
+from ddengine.types import Budget, Images, Matcher, Task, fingerprint
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -63,11 +63,19 @@ def task(
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
     if isinstance(source, Images):
-        return Task(source.sorted_by_class(), **made, precision=precise)
+        return Task(_named(source.sorted_by_class()), **made, precision=precise)
     if isinstance(source, Dataset):
         return Task(source.fit, **made, precision=precise, origin={"name": source.fit.spec.name})
     dataset = data.load(source, **load)
     return Task(dataset.fit, **made, precision=precise, origin={"name": source, **_plain(load)})
+
+
+def _named(images: Images) -> Images:
+    """The images with a fingerprint of their content, where their maker gave none."""
+    if images.spec.fingerprint:
+        return images
+    found = fingerprint(images.x, images.y, images.spec.classes)
+    return replace(images, spec=replace(images.spec, fingerprint=found))
 
 
 def matcher(name: str, *, network: str | NetSpec | None = None, **options: Any) -> Matcher[Any]:

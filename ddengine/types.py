@@ -31,7 +31,7 @@ class Whitening:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What images mean: their shape (c, h, w), class names in label order, and the way into model-input space.
+    """What images mean: shape (c, h, w), class names in label order, and the way into model-input space.
 
     Pixels in [0, 1] become model input by (x - mean) / std per channel, or by `zca` where that is set.
     `fingerprint` is the hash of the source data; `licence` is free text, "" when unknown.
@@ -68,7 +68,7 @@ class DataSpec:
 
     @property
     def preprocessing(self) -> str:
-        """"zca" or "standard"."""
+        """ "zca" or "standard"."""
         return "standard" if self.zca is None else "zca"
 
 
@@ -99,7 +99,7 @@ class Images:
             )
         if self.y_kind == "class":
             if self.y.ndim != 1 or (len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < k):
-                raise UsageError(f"class labels outside 0..{k - 1}", "Give one class number [n] for each image")
+                raise UsageError(f"class labels outside 0..{k - 1}", "Give one class number for each image")
         elif tuple(self.y.shape[1:]) != (k,):
             raise UsageError(f"soft labels of shape {tuple(self.y.shape)}", f"Give labels of shape [n, {k}]")
 
@@ -135,12 +135,10 @@ class Images:
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def draw(self, generator: torch.Generator, classes: Sequence[int], per_class: int) -> list[Tensor]:
-        """Indices of up to `per_class` images of each class, without replacement. Needs class-sorted images."""
+        """Indices of up to `per_class` images of each class, none twice. Needs class-sorted images."""
         counts = self.counts
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        return [
-            starts[c] + torch.randperm(counts[c], generator=generator)[:per_class] for c in classes
-        ]
+        return [starts[c] + torch.randperm(counts[c], generator=generator)[:per_class] for c in classes]
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.ipc is None) == (self.nbytes is None):
-            raise UsageError("a budget needs ipc or nbytes, not both and not neither", "Give for example ipc=10")
+            raise UsageError("a budget needs either ipc or nbytes", "Give for example ipc=10")
         require_positive("ipc" if self.nbytes is None else "budget.nbytes", self.ipc or self.nbytes or 0)
 
     def images_per_class(self, spec: DataSpec) -> int:
@@ -272,7 +270,7 @@ class Matcher(Protocol[S]):
 
 
 def fingerprint(x: Tensor, y: Tensor, classes: Sequence[str]) -> str:
-    """SHA-256 over class names, labels and pixel bytes: equal data, equal fingerprint, whatever file it came from."""
+    """SHA-256 over class names, labels and pixel bytes: equal for equal data, whatever file it came from."""
     digest = hashlib.sha256("\0".join(classes).encode())
     for tensor in (y.to(torch.int64), x):
         digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())

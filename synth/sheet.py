@@ -59,8 +59,8 @@ def _tiles(images: Images, c: int, per_class: int, scale: int | None) -> list[Im
 def to_pixels(images: Images) -> UInt8[Tensor, "n h w c"]:
     """Displayable uint8 images of 1 or 3 channels (CPU).
 
-    An image whose pixels leave [0, 1] is squeezed: its range from the 1st to the 99th percentile, 0 and 1 included,
-    becomes black to white; images inside [0, 1] are shown as they are.
+    An image whose pixels leave [0, 1] is squeezed: its range from the 1st to the 99th percentile, 0 and 1
+    included, becomes black to white; images inside [0, 1] are shown as they are.
     """
     x: Float[Tensor, "n c h w"] = images.x.detach().cpu().float()
     x = x / 255 if images.x.dtype == torch.uint8 else images.spec.denormalise(x)

@@ -80,5 +80,5 @@ def dataset_root() -> Path:
     if given := os.environ.get("DDENGINE_DATA"):
         return Path(given).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    base = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
     return base / "ddengine"

@@ -57,7 +57,7 @@ def read_image(path: Path, size: int | None) -> np.ndarray:
 def _attempt(path: Path, size: int | None) -> np.ndarray | str:
     try:
         return read_image(path, size)
-    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise errors of any kind
+    except Exception as error:
         line = (
             (str(error).splitlines() or [""])[0]
             .replace(repr(path), "the file")

@@ -49,7 +49,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):
-            raise ValueError("it holds one array, not named ones")  # noqa: TRY004 - for the line below
+            raise ValueError("it holds one array, not named ones")
         with file:
             return {key: file[key] for key in (*KEYS, "class_names") if key in file.files}
     except (OSError, ValueError, EOFError, KeyError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:

@@ -54,7 +54,7 @@ class Run:
 def judged(distilled, dataset, **changes):
     run = Run({})
     settings = {"networks": [MLP], "seeds": 2, "recipe": TINY} | changes
-    note = lambda done, total: run.progress.append((done, total))  # noqa: E731
+    note = lambda done, total: run.progress.append((done, total))
     table = evaluate(distilled, dataset, log=run.log.append, on_progress=note, **settings)
     return replace(run, table=table.to_json())
 
@@ -158,7 +158,7 @@ def test_shuffled_test_labels_change_nothing_but_test_accuracy(distilled, digits
 def test_the_test_part_is_scored_once_for_each_network_after_all_trials(distilled, digits, monkeypatch):
     seen = []
     real = ddengine.bench.accuracy
-    spy = lambda net, images: seen.append(len(images)) or real(net, images)  # noqa: E731
+    spy = lambda net, images: seen.append(len(images)) or real(net, images)
     monkeypatch.setattr(ddengine.bench, "accuracy", spy)
     judged(distilled, digits, rows=("random",), seeds=3)
     assert seen == [len(digits.validation)] * 4 + [len(digits.test)] * 6
@@ -176,7 +176,7 @@ def test_equal_training_sets_score_alike_because_streams_are_paired(digits):
 def test_the_random_row_draws_anew_for_each_network(distilled, digits, monkeypatch):
     seen = []
     real = ddengine.bench.train
-    spy = lambda spec, images, *rest: seen.append(images) or real(spec, images, *rest)  # noqa: E731
+    spy = lambda spec, images, *rest: seen.append(images) or real(spec, images, *rest)
     monkeypatch.setattr(ddengine.bench, "train", spy)
     judged(distilled, digits, rows=("random", "kmeans"), seeds=2)
     drawn, means = [seen[i].x for i in (2, 8, 9)], [seen[i].x for i in (4, 10, 11)]

@@ -1,0 +1,253 @@
+import json
+from dataclasses import fields
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import get_type_hints
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import matchers
+from ddengine import catalog, loop, recipes
+from ddengine.compose import composed, spelled
+from ddengine.config import COMMANDS, DemoConfig, DistillConfig, EvaluateConfig
+from ddengine.data import DATASETS
+from ddengine.errors import UsageError
+from ddengine.nets import NETWORKS
+from matchers import MATCHERS
+
+ROWS = [name for name, _, _ in catalog.configs()]
+ODD = [
+    "a b",
+    "it's",
+    'say "so"',
+    "back\\slash",
+    "end\\",
+    "quote\\'d",
+    "(1),{2},[3]",
+    "ünï",
+    " lead",
+    "a=b",
+    "#5",
+    "a:b",
+    "1.10",
+    "2026_01",
+    "true",
+    "$HOME",
+    "~/x",
+    "x,y",
+]
+
+
+def test_defaults_of_every_command_are_those_of_its_dataclass():
+    assert composed("demo", []) == DemoConfig()
+    evaluate = composed("evaluate", ["dataset=digits"])
+    assert (evaluate.dataset.name, evaluate.network.name) == ("digits", "convnet")
+    distill = composed("distill", ["dataset=digits"])
+    assert (distill.dataset.name, distill.network.name, distill.matcher.name) == (
+        "digits",
+        "convnet",
+        "attention",
+    )
+    for made, kind in ((evaluate, EvaluateConfig), (distill, DistillConfig)):
+        assert type(made) is kind
+        for key in {f.name for f in fields(kind)} - {"defaults", "dataset", "network", "matcher"}:
+            assert getattr(made, key) == getattr(kind(), key)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_shipped_row_composes_and_its_options_fit_its_matcher(name):
+    config = composed("distill", [f"row={name}"])
+    options = {key: value for key, value in vars(config.matcher).items() if key != "name"}
+    assert matchers.make(config.matcher.name, **recipes._tuples(options)) is not None
+    assert config.dataset.name in DATASETS
+    assert (config.ipc is None) != (config.budget.nbytes is None)
+
+
+def test_there_is_a_shipped_row_and_the_command_line_outranks_it():
+    assert ROWS
+    assert composed("distill", [f"row={ROWS[0]}", "ipc=3", "network.width=7"]).ipc == 3
+    assert composed("distill", ["ipc=3", f"row={ROWS[0]}"]).ipc == 3
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_options_of_a_matcher_are_its_keys_with_their_defaults(name):
+    options = MATCHERS[name].options
+    node = composed("distill", ["dataset=digits", f"matcher={name}"]).matcher
+    assert [f.name for f in fields(node)] == ["name", *(f.name for f in fields(options))]
+    for f in fields(options):
+        assert getattr(node, f.name) == (list(f.default) if isinstance(f.default, tuple) else f.default)
+        assert get_type_hints(type(node))[f.name] == get_type_hints(type(options))[f.name]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("layers=[0,2]", "layers", (0, 2)),
+        ("layers=[]", "layers", ()),
+        ("layers=null", "layers", None),
+        ("p=2", "p", 2),
+        ("steps=7", "steps", 7),
+        ("lr=1e-3", "lr", 1e-3),
+        ("schedule=cosine", "schedule", "cosine"),
+    ],
+)
+def test_overrides_reach_the_frozen_options(text, key, value, monkeypatch, tmp_path):
+    class ReachedError(Exception):
+        pass
+
+    def distill(task, matcher, **rest):
+        raise ReachedError(task, matcher, rest)
+
+    monkeypatch.setattr(loop, "distill", distill)
+    words = ["dataset=digits", "ipc=2", f"matcher.{text}", "network.width=5", "seed=3", f"out={tmp_path}"]
+    with pytest.raises(ReachedError) as raised:
+        recipes.run_distill(composed("distill", words), recipes.Watch())
+    task, matcher, rest = raised.value.args
+    assert (rest["seed"], rest["out"]) == (3, tmp_path)
+    found = getattr(matcher.options, key)
+    assert found == value
+    assert type(found) is type(value)
+    assert (task.ipc, matcher.network.width, matcher.network.name) == (2, 5, "convnet")
+
+
+@pytest.mark.parametrize("text", ["steps=1.5", "layers=3", "layers=[a]", "lr=x", "lr=null"])
+def test_options_of_a_wrong_type_are_refused(text):
+    with pytest.raises(UsageError) as raised:
+        composed("distill", ["dataset=digits", "ipc=1", f"matcher.{text}"])
+    assert f"matcher.{text}" in raised.value.cause
+    assert "\n" not in raised.value.cause
+
+
+def test_catalog_names_what_the_registries_hold():
+    ours = {
+        kind: [n for n, origin, _ in catalog.listing(kind) if origin == "ddengine"] for kind in catalog.KINDS
+    }
+    assert ours["matchers"] == list(MATCHERS)
+    assert ours["datasets"] == list(DATASETS)
+    assert ours["networks"] == list(NETWORKS)
+    assert all(text for kind in catalog.KINDS for _, _, text in catalog.listing(kind))
+    assert all(text for _, _, text in catalog.configs())
+
+
+def test_composing_twice_gives_equal_configurations_that_share_nothing():
+    first = composed("evaluate", ["dataset=digits", "recipe.lrs=[0.5]"])
+    first.rows.append("mine")
+    first.dataset.root = "elsewhere"
+    second, third = (composed("evaluate", ["dataset=digits"]) for _ in range(2))
+    assert second == third
+    assert second.rows == EvaluateConfig().rows
+    assert (second.dataset.root, second.recipe.lrs) == (None, EvaluateConfig().recipe.lrs)
+    assert second.rows is not third.rows
+
+
+def test_composing_leaves_no_state_behind_even_after_an_error():
+    with pytest.raises(UsageError):
+        composed("distill", ["dataset=digits", "matcher=distribution", "matcher.lr=fast"])
+    assert not GlobalHydra.instance().is_initialized()
+    composed("distill", ["dataset=digits", "matcher=distribution", "matcher.lr=3"])
+    assert not GlobalHydra.instance().is_initialized()
+    plain = composed("distill", ["dataset=digits", "matcher=distribution"])
+    assert plain.matcher.lr == MATCHERS["distribution"].options.lr
+
+
+@pytest.mark.parametrize(("root", "out"), zip(ODD[::2], ODD[1::2], strict=True))
+def test_paths_are_taken_as_typed(root, out):
+    config = composed("distill", ["dataset=npz", f"dataset.root={root}", f"out={out}"])
+    assert (config.dataset.root, config.out) == (root, out)
+
+
+def test_quoted_paths_and_null_mean_what_they_say():
+    words = ["dataset=npz", "dataset.root=null", "out='a b'"]
+    made = composed("distill", words)
+    assert (made.dataset.root, made.out) == (None, "a b")
+    words = ["dataset=npz", "out=runs/${seed}", "seed=5", 'dataset.root="a b"']
+    made = composed("distill", words)
+    assert (made.dataset.root, made.out) == ("a b", "runs/5")
+
+
+def test_texts_spelled_for_hydra_come_back_unchanged():
+    texts = [*ODD, "null", "${seed}", "\\${seed}", "a\\\\${seed}", "${", "", "new\nline", "x,y"]
+    keys = ["dataset.root", "dataset.preprocessing", "out", "device", "precision", "network.norm"]
+    for start in range(0, len(texts), len(keys)):
+        want = dict(zip(keys, texts[start:], strict=False))
+        made = composed("distill", ["dataset=npz", *(spelled(key, text) for key, text in want.items())])
+        assert {key: attrgetter(key)(made) for key in want} == want
+
+
+def test_values_read_from_yaml_with_quotes_and_spaces_are_kept():
+    text = 'on_error: "it\'s odd"\nroot: \'C:\\my "data" (1)\'\nsize: 32\ndownload: no\n'
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    words = [spelled(f"dataset.{key}", value) for key, value in values.items()]
+    made = composed("distill", ["dataset=npz", *words]).dataset
+    assert {key: getattr(made, key) for key in values} == values
+    assert made.root == 'C:\\my "data" (1)'
+
+
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_a_chosen_network_is_the_one_configured(name):
+    assert composed("distill", ["dataset=digits", f"network={name}"]).network.name == name
+
+
+def test_defaults_yield_to_overrides_and_go_with_their_choice():
+    named = {"dataset": "npz", "dataset.root": "it's here", "dataset.size": 9, "network": "mlp"}
+    kept = composed("evaluate", [], named)
+    assert (kept.dataset.name, kept.dataset.root, kept.dataset.size) == ("npz", "it's here", 9)
+    assert kept.network.name == "mlp"
+    assert composed("evaluate", ["dataset.size=5"], named).dataset.size == 5
+    assert composed("evaluate", ["dataset=npz"], named).dataset.size == 9
+    other = composed("evaluate", ["dataset=digits", "network=lenet"], named)
+    assert (other.dataset.name, other.dataset.root, other.dataset.size) == ("digits", None, None)
+    assert other.network.name == "lenet"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_later_overrides_win(command):
+    assert composed(command, [*_needed(command), "seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["+seed=1", "++seed=1", "~seed", "seed@here=1", "seed=1,2", "seed=range(1,3)"]
+)
+def test_only_key_equals_value_is_an_override(text):
+    with pytest.raises(UsageError) as raised:
+        composed("demo", [text])
+    assert text in raised.value.cause
+    assert raised.value.remedy
+
+
+def test_a_plug_in_that_does_not_load_disturbs_only_those_who_choose_it(monkeypatch):
+    def load():
+        raise ImportError("no module named torchhh")
+
+    broken = SimpleNamespace(name="broken", value="x:y", dist=None, load=load)
+    _plug_in(monkeypatch, broken)
+    assert composed("distill", ["dataset=digits"]).matcher.name == "attention"
+    with pytest.raises(UsageError, match="'broken' does not load: no module named torchhh"):
+        composed("distill", ["dataset=digits", "matcher=broken"])
+
+
+def test_a_plug_in_matcher_composes_like_ours(monkeypatch):
+    entry = SimpleNamespace(name="mine", value="x:y", dist=None, load=lambda: MATCHERS["distribution"])
+    _plug_in(monkeypatch, entry)
+    config = composed("distill", ["dataset=digits", "matcher=mine", "matcher.steps=3"])
+    assert (config.matcher.name, config.matcher.steps) == ("mine", 3)
+
+
+def test_run_keeps_the_resolved_configuration_as_plain_yaml(tmp_path):
+    words = ["dataset=digits", "ipc=1", "matcher=random", f"out={tmp_path / 'run'}"]
+    recipes.run_distill(composed("distill", words), recipes.Watch())
+    kept = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert "defaults" not in kept
+    assert (kept.dataset.name, kept.matcher.name, kept.ipc) == ("digits", "random", 1)
+    assert "???" not in json.dumps(OmegaConf.to_container(kept))
+
+
+def _plug_in(monkeypatch, entry):
+    for module in (matchers, catalog):
+        monkeypatch.setattr(module, "entry_points", lambda group: [entry] if group == matchers.GROUP else [])
+
+
+def _needed(command: str) -> list[str]:
+    return [] if command == "demo" else ["dataset=digits"]
