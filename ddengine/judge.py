@@ -14,7 +14,7 @@ from torch import Tensor
 from ddengine.bench import DRAWN_ANEW, SUBJECT, Bench, Job, Record, run_job, share
 from ddengine.data import Dataset
 from ddengine.errors import UsageError, require, require_positive
-from ddengine.nets import family, resolve
+from ddengine.nets import build, family, resolve
 from ddengine.nets.core import NetSpec
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
@@ -136,6 +136,8 @@ def _check(dataset: Dataset, networks: Sequence[NetSpec], rows: Sequence[str], s
         require(row, (*SELECTIONS, "random_bytes", "full"), "row")
     require_positive("seeds", seeds)
     resolved = [resolve(net, dataset.fit.spec.shape) for net in networks]
+    for net in resolved:  # a network that does not fit is refused before any is trained
+        build(net, dataset.fit.spec.shape, len(dataset.fit.spec.classes), Rng(seed).torch("check"))
     if not resolved or len(set(resolved)) < len(resolved) or len(set(rows)) < len(rows):
         raise UsageError("networks or rows are empty or repeat one another", "Give each network and row once")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -76,10 +77,10 @@ def distill(
     state, extra, resumed = _start(task, matcher, rng, folder, notice)
     work = matcher.prepare(task, rng)
     try:
-        if folder is not None:
-            _claim(folder, identity, config)
         run = _Run(folder, schedule, matcher.steps(task), time.monotonic() - float(extra.get("seconds", 0.0)))
-        state = _advance(state, matcher, work, rng, run, progress)
+        claim = partial(_claim, folder, identity, config) if folder is not None else lambda: None
+        state = _advance(state, matcher, work, rng, run, progress, claim)
+        claim()
         seconds = time.monotonic() - run.began
         synth = matcher.finish(state, work, rng)
     finally:
@@ -223,13 +224,26 @@ def _cut_metrics(path: Path, step: int) -> None:
 
 
 def _advance(
-    state: Any, matcher: Matcher[Any], work: Workspace, rng: Rng, run: _Run, progress: Progress | None
+    state: Any,
+    matcher: Matcher[Any],
+    work: Workspace,
+    rng: Rng,
+    run: _Run,
+    progress: Progress | None,
+    claim: Callable[[], None],
 ) -> Any:
-    """Step from the state's step to the last, logging, saving, and stopping at a signal."""
+    """Step from the state's step to the last, logging, saving, and stopping at a signal.
+
+    The folder is claimed after the first step: a mistake that only shows there leaves it free.
+    """
+    claimed = False
     saved_at = time.monotonic()
     with signals() as stop:
         while state.step < run.steps:
             state, metrics = matcher.step(state, work, rng)
+            if not claimed:
+                claim()
+                claimed = True
             last = state.step == run.steps
             minutes = (time.monotonic() - saved_at) / 60
             every = run.schedule.checkpoint_steps

@@ -332,3 +332,11 @@ def test_devices_are_found_by_name():
     assert as_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UsageError, match="device=cpuu, but PyTorch finds no such device"):
         as_device("cpuu")
+
+
+def test_a_mistake_that_shows_in_the_first_step_leaves_the_folder_free(task, tmp_path):
+    wrong = matchers.make("attention", NET, steps=2, layers=(9,))
+    with pytest.raises(UsageError, match="layers"):
+        distill(task, wrong, out=tmp_path / "run")
+    right = matchers.make("attention", NET, steps=2, layers=(0,), real_per_class=4)
+    assert distill(task, right, out=tmp_path / "run").steps == 2
