@@ -69,6 +69,7 @@ def plain(work: Task, width: int) -> Callable[[], None]:
         count[0] += 1
         here = rng.fold(count[0])
         net = build(NetSpec("convnet", width=width), spec.shape, len(spec.classes), here.torch("net"))
+        net.requires_grad_(False)
         total = torch.zeros(())
         for c in range(len(spec.classes)):
             params = dsa.sample(here.fold(c).torch("dsa"), dsa.STRATEGY, 1, (SIDE, SIDE))

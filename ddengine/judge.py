@@ -16,10 +16,11 @@ from ddengine.data import Dataset
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets import build, family, resolve
 from ddengine.nets.core import NetSpec
+from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
 from ddengine.tables import Row, Table
-from ddengine.train import Recipe, default_augment
+from ddengine.train import Recipe
 from ddengine.types import Images, label_bytes
 from synth.starts import SELECTIONS, random_total
 
@@ -67,7 +68,7 @@ def evaluate(
     (trials too), `on_progress` the networks done and their number. Raises UsageError for an empty validation
     or test part, a set of other classes or shape, an unknown row; DDError when a worker process dies.
     """
-    recipe = recipe or Recipe(augment=default_augment(dataset.fit.spec.name))
+    recipe = recipe or Recipe(augment=strategy_for(dataset.fit.spec.name))
     _check(dataset, networks, rows, seeds, seed)
     with one_thread():
         bench = _bench(distilled, dataset, rows, seeds, recipe, seed, device, precision)

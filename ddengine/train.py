@@ -21,14 +21,7 @@ from ddengine.rng import Rng
 from ddengine.types import Images
 
 PRECISIONS = ("fp32", "bf16")
-MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign: no horizontal flip
 SCHEDULES = {"cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "constant": lambda done: 1.0}
-
-
-def default_augment(dataset: str) -> str:
-    """The DSA strategy for a dataset: all operators, without the horizontal flip on digits."""
-    names = [op for op in dsa.OPS if op != "flip" or dataset not in MIRRORED]
-    return "_".join(names)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ STRATEGY = "color_crop_cutout_flip_scale_rotate"
 OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5  # strengths of the released code (DSA, ParamDiffAug)
 CROP, CUTOUT, SCALE, DEGREES = 0.125, 0.5, 1.2, 15.0
-DIGITS = ("digits", "mnist", "svhn")
+DIGITS = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 NONE = -1
 
 

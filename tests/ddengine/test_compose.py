@@ -152,7 +152,7 @@ def test_composing_leaves_no_state_behind_even_after_an_error():
     assert plain.matcher.lr == MATCHERS["distribution"].options.lr
 
 
-@pytest.mark.parametrize(("root", "out"), zip(ODD[::2], ODD[1::2], strict=True))
+@pytest.mark.parametrize(("root", "out"), list(zip(ODD[::2], ODD[1::2], strict=True)))
 def test_paths_are_taken_as_typed(root, out):
     config = composed("distill", ["dataset=npz", f"dataset.root={root}", f"out={out}"])
     assert (config.dataset.root, config.out) == (root, out)

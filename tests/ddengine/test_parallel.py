@@ -1,28 +1,13 @@
 import os
-import signal
 import time
 from multiprocessing import active_children
 
 import pytest
 import torch
+from pool_jobs import naps, scaled, threads
 
 from ddengine.errors import DDError, UsageError
 from ddengine.parallel import job_pool, one_thread
-
-
-def scaled(shared, job):
-    if job == 0:
-        raise UsageError(f"job {job} is wrong", "Give another")
-    return shared * job if job > 0 else os._exit(9)
-
-
-def threads(shared, job):
-    return torch.get_num_threads(), os.getpid()
-
-
-def naps(shared, job):
-    time.sleep(job)
-    return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from torch import nn
 from ddengine.data import load
 from ddengine.errors import UsageError
 from ddengine.nets import NetSpec, build
+from ddengine.ops import dsa
 from ddengine.rng import Rng
-from ddengine.train import Recipe, accuracy, batch_orders, default_augment, targets_of, train
+from ddengine.train import Recipe, accuracy, batch_orders, targets_of, train
 from ddengine.types import Images
 
 SMALL = NetSpec("convnet", width=7, depth=2)
@@ -148,8 +149,8 @@ def test_accuracy_counts_right_answers_in_eval_mode_for_any_batch(few, batch):
 
 def test_digits_are_not_mirrored_and_clothes_are():
     for name in ("digits", "mnist", "svhn"):
-        assert default_augment(name) == "color_crop_cutout_scale_rotate"
-    assert default_augment("fashion_mnist") == "color_crop_cutout_flip_scale_rotate"
+        assert dsa.strategy_for(name) == "color_crop_cutout_scale_rotate"
+    assert dsa.strategy_for("fashion_mnist") == "color_crop_cutout_flip_scale_rotate"
 
 
 @pytest.mark.parametrize(
