@@ -260,7 +260,7 @@ def test_tiny_imagenet_is_read_from_its_own_layout(tmp_path):
 
 def test_photographs_of_many_sizes_load(tmp_path):
     if not (SHARED / "grocery13").is_dir():
-        pytest.skip("the grocery13 photographs are not on this machine")
+        pytest.skip("the grocery13 photographs are not beside the repository")
     for part in ("train", "val", "test"):
         (tmp_path / part).mkdir()
         for name in ("Orange", "Soy-Milk", "Soyghurt"):

@@ -61,7 +61,7 @@ def python2(content: dict) -> bytes:
 
 def test_fashion_mnist_equals_what_torchvision_reads():
     if not (SHARED / "FashionMNIST").is_dir():
-        pytest.skip("the Fashion-MNIST files are not on this machine")
+        pytest.skip("the Fashion-MNIST files are not beside the repository")
     made = data.load("fashion_mnist", root=SHARED, download=False)
     theirs = torchvision.datasets.FashionMNIST(SHARED, train=False, download=False)
     assert pairs((made.test.x, made.test.y)) == pairs((theirs.data[:, None], theirs.targets))
