@@ -5,18 +5,19 @@ named streams, and a batch depends on the seed and the step alone.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets import build
 from ddengine.nets.core import NetSpec
 from ddengine.ops import dsa
+from ddengine.ops.batches import augmented, layout, resident, targets_of
 from ddengine.rng import Rng
 from ddengine.types import Images
 
@@ -74,13 +75,6 @@ def batch_orders(rng: Rng, images: int, batch: int, steps: int) -> Int[Tensor, "
     return torch.cat(orders)[: steps * batch].reshape(steps, batch)
 
 
-def targets_of(images: Images) -> Tensor:
-    """What cross-entropy is taken against: class numbers [n], or probabilities [n k] for soft labels."""
-    if images.y_kind == "class":
-        return images.y.long()
-    return images.y.float().softmax(1) if images.y_kind == "logit" else images.y.float()
-
-
 def train(
     spec: NetSpec,
     images: Images,
@@ -113,28 +107,6 @@ def train(
         F.cross_entropy(logits.float(), targets[index]).backward()
         optimiser.step()
     return net
-
-
-def layout(device: torch.device) -> torch.memory_format:
-    """channels_last on a GPU; not on the CPU, where GroupNorm nets take twice the time (measured)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def augmented(x: Float[Tensor, "n c h w"], strategy: str, rng: Rng) -> Float[Tensor, "n c h w"]:
-    """A batch under DSA in evaluation mode: one operator for the batch, its numbers drawn for each image."""
-    if not dsa.parse(strategy):
-        return x
-    size = (x.shape[2], x.shape[3])
-    return dsa.apply(x, dsa.sample(rng.torch("dsa"), strategy, len(x), size, one_op=True))
-
-
-def resident(images: Images, device: torch.device) -> Images:
-    """The images on `device` with their whitening beside them, so that no batch carries a matrix across."""
-    zca = images.spec.zca
-    if zca is not None:
-        there = replace(zca, **{key: getattr(zca, key).to(device) for key in ("mean", "matrix", "inverse")})
-        images = replace(images, spec=replace(images.spec, zca=there))
-    return images.to(device)
 
 
 def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
