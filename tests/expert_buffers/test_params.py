@@ -1,11 +1,13 @@
 """Flat vectors and named parameters are two views of the same network."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from ddengine.errors import UsageError
+from ddengine.errors import ArtefactError, UsageError
 from ddengine.nets import NetSpec, build
 from ddengine.rng import Rng
 from expert_buffers import ParamSpec
@@ -85,3 +87,47 @@ def test_what_is_not_of_the_layout_is_refused():
             layout.flatten(params)
     with pytest.raises(UsageError, match=r"a vector of shape \(12,\) for 11 parameters"):
         layout.unflatten(randn(12))
+
+
+def test_statistics_of_batch_norm_come_back_with_their_counters():
+    spec = NetSpec("convnet", width=3, depth=2, norm="batch")
+    net, other, x = network(spec), network(spec, 1), randn(7, 1, 8, 8)
+    for _ in range(3):
+        net(x)
+    layout = ParamSpec.of_buffers(net)
+    vector = layout.flatten(dict(net.named_buffers()))
+    assert vector.dtype == torch.float32 and len(vector) == 2 * (3 + 3 + 1)
+    for name, value in layout.unflatten(vector).items():
+        other.get_buffer(name).copy_(value)
+    before, after = (dict(n.named_buffers()) for n in (net, other))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [int(after[name]) for name in after if name.endswith("num_batches_tracked")] == [3, 3]
+
+
+def test_a_network_without_statistics_has_an_empty_layout():
+    layout = ParamSpec.of_buffers(network(SPECS[0]))
+    assert layout == ParamSpec((), ()) and layout.sizes == []
+    assert layout.flatten({}).shape == (0,) and layout.unflatten(torch.empty(0)) == {}
+    with pytest.raises(UsageError, match="not of this layout"):
+        layout.flatten({"a": randn(2)})
+    with pytest.raises(UsageError, match="for 0 parameters"):
+        layout.unflatten(randn(2))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_a_layout_survives_json(spec):
+    layout = ParamSpec.of(network(spec))
+    assert ParamSpec.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert ParamSpec.from_json(ParamSpec((), ()).to_json()) == ParamSpec((), ())
+
+
+JUNK = [
+    None, {}, "ab", [1], [["a"]], [["a", 3]], [[1, [3]]], [["a", [3.0]]], [["a", [-1]]], [["a", [True]]],
+    [["a", [2**40]]], [["a", [1] * 9]], [["a", [2**31, 2**31]]], [["a", [1]], ["a", [1]]], [["a", [1], 2]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=repr)
+def test_json_that_is_no_layout_is_refused(junk):
+    with pytest.raises(ArtefactError, match="a layout"):
+        ParamSpec.from_json(junk)

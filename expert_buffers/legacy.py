@@ -1,0 +1,179 @@
+"""Import of released trajectories: the `replay_buffer_*.pt` files that MTT, FTD and DATM publish.
+
+A file is a list of experts, each a list of checkpoints, each a list of parameter tensors without names.
+"""
+
+import pickletools
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddengine import files
+from ddengine.errors import ArtefactError, UsageError, one_line, require
+from ddengine.nets import NetSpec, build, has_batch_norm, resolve
+from ddengine.rng import Rng
+from ddengine.types import DataSpec
+from expert_buffers.manifest import header, require_regular
+from expert_buffers.params import ParamSpec
+from expert_buffers.store import ENCODINGS, ExpertBuffer
+from expert_buffers.trajectory import Recording
+from expert_buffers.writing import commit, open_for_writing, save_expert
+
+LIMIT = 8 << 30  # bytes of a file; ten experts of CIFAR-10 have 0.65 GB
+MEMBERS, PICKLE = 1 << 18, 64 << 20  # tensors in a file; bytes of the pickle that lists them
+REMEDY = "Give a replay_buffer_*.pt of this network, fetched again from where it was published"
+ALLOWED = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+Expert = list[list[Tensor]]
+
+
+def read_replay_buffer(path: Path, spec: ParamSpec, limit: int = LIMIT) -> list[Float[Tensor, "t p"]]:
+    """The experts in a released file, each [t p] in float32, laid out by `spec`.
+
+    The file must be an uncompressed zip of at most `limit` bytes that refers to nothing but float32 tensors;
+    then torch reads it with `weights_only`, mapped, so that no more than it holds is ever allocated. Raises
+    ArtefactError naming the file for anything else, other shapes, numbers that are not finite, fewer than two
+    checkpoints, and checkpoints equal to the one before, as the released scripts write them on a CPU.
+    """
+    require_regular(path)
+    try:
+        _check_archive(path, limit)
+        experts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        return _flat_experts(experts, spec, path.stat().st_size)
+    except Exception as error:  # damaged zips and pickles raise errors of any kind
+        reason = one_line((str(error).splitlines() or [type(error).__name__])[0])
+        raise ArtefactError(f"{path} is no replay buffer of this network: {reason}", REMEDY) from error
+
+
+def _check_archive(path: Path, limit: int) -> None:
+    """Refuse (ValueError) what torch.load need not see: other formats, zip bombs, references to code."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"it has {size} bytes, more than {limit}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a zip archive as torch.save writes it")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        if len(members) > MEMBERS or len(set(names)) < len(names) or archive.comment:
+            raise ValueError("its table of members is not one of torch.save")
+        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
+            raise ValueError("a member is compressed or encrypted")
+        if sum(m.file_size for m in members) > size or any(m.file_size != m.compress_size for m in members):
+            raise ValueError("its members claim more bytes than it has")
+        root = names[0].partition("/")[0]
+        if any(".." in name or "\\" in name or name.partition("/")[0] != root for name in names):
+            raise ValueError("a member lies outside the archive's folder")
+        pickle = archive.getinfo(f"{root}/data.pkl")
+        if pickle.file_size > PICKLE:
+            raise ValueError(f"its table of tensors is larger than {PICKLE} bytes")
+        _check_pickle(archive.read(pickle))
+
+
+def _check_pickle(data: bytes) -> None:
+    """Refuse (ValueError) a pickle that names anything but float32 tensors; nothing in it is run."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"it uses the pickle instruction {opcode.name}")
+        if opcode.name == "GLOBAL" and argument not in ALLOWED:
+            raise ValueError(f"it refers to {argument}")
+
+
+def _flat_experts(experts: Any, spec: ParamSpec, size: int) -> list[Float[Tensor, "t p"]]:
+    """The flattened experts of a file of `size` bytes; ValueError says which of the rules is broken."""
+    if type(experts) is not list or not experts:
+        raise ValueError("it is not a list of experts")
+    rows = 0
+    for number, expert in enumerate(experts):
+        _check_expert(expert, number, spec)
+        rows += len(expert)
+        if 4 * rows * sum(spec.sizes) > size:
+            raise ValueError("its checkpoints share storage, they cannot all be different")
+    return [_flatten(expert, number) for number, expert in enumerate(experts)]
+
+
+def _check_expert(expert: Any, number: int, spec: ParamSpec) -> None:
+    if type(expert) is not list or len(expert) < 2:
+        raise ValueError(f"expert {number} is not a list of two or more checkpoints")
+    for epoch, row in enumerate(expert):
+        where = f"checkpoint {epoch} of expert {number}"
+        if type(row) is not list or not all(isinstance(tensor, Tensor) for tensor in row):
+            raise ValueError(f"{where} is not a list of tensors")
+        shapes = tuple(tuple(tensor.shape) for tensor in row)
+        if shapes != spec.shapes:
+            raise ValueError(f"{where} has {_difference(shapes, spec)}")
+        for tensor in row:
+            if tensor.dtype != torch.float32 or tensor.untyped_storage().nbytes() < 4 * tensor.numel():
+                raise ValueError(f"{where} has a tensor that is not float32 in storage of its own size")
+        if epoch and all(map(torch.equal, row, expert[epoch - 1])):
+            raise ValueError(
+                f"{where} equals the one before: recorded on a CPU, the released scripts keep only the last"
+            )
+
+
+def _difference(shapes: Sequence[tuple[int, ...]], spec: ParamSpec) -> str:
+    if len(shapes) != len(spec.shapes):
+        return f"{len(shapes)} tensors where the network has {len(spec.shapes)}"
+    found = next(i for i, shape in enumerate(shapes) if shape != spec.shapes[i])
+    return f"shape {list(shapes[found])} where {spec.names[found]} has {list(spec.shapes[found])}"
+
+
+def _flatten(expert: Expert, number: int) -> Float[Tensor, "t p"]:
+    rows = torch.stack([torch.cat([tensor.reshape(-1) for tensor in row]) for row in expert])
+    if not bool(rows.isfinite().all()):
+        raise ValueError(f"expert {number} is not finite")
+    return rows
+
+
+def convert(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    spec: DataSpec,
+    network: NetSpec,
+    recipe: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    encoding: str = "delta16",
+) -> ExpertBuffer:
+    """Write the experts of released files, in their order, as an expert buffer in `out`, and open it.
+
+    `spec` and `network` are what they were trained on; the files say neither. Losses, accuracies and
+    optimiser states are not in them either, so the buffer cannot be continued. The same call goes on where
+    it was cut off. Raises as `read_replay_buffer` and `open_for_writing` do, and UsageError for networks with
+    batch norm, whose statistics were not released.
+    """
+    require(encoding, ENCODINGS, "encoding")
+    full = resolve(network, spec.shape)
+    if has_batch_norm(full):
+        raise UsageError(
+            "released buffers hold no batch-norm statistics", "Give a network without batch norm"
+        )
+    net = build(full, spec.shape, len(spec.classes), Rng(0).torch("layout"))
+    for path in paths:
+        require_regular(path)
+    sums = [files.sha256(path) for path in paths]
+    imported = {"name": "imported", "files": [path.name for path in paths], "sha256": sums}
+    head = header(spec, [full], imported | dict(recipe or {}), 0, encoding, origin or {})
+    (architecture,) = head["architectures"]
+    manifest = open_for_writing(out, head)
+    number = 0
+    for path in paths:
+        for rows in read_replay_buffer(path, ParamSpec.of(net)):
+            if str(number) not in manifest["experts"]:
+                entry = save_expert(out, number, architecture, _record(rows, encoding))
+                plan = {"count": number + 1, "epochs": len(rows) - 1}
+                manifest = commit(out, manifest, number, entry, plan)
+            number += 1
+    return ExpertBuffer(out)
+
+
+def _record(rows: Float[Tensor, "t p"], encoding: str) -> Recording:
+    none = torch.empty(0)
+    recording = Recording.begin(encoding, rows[0], none, None, None)
+    for row in rows[1:]:
+        recording = recording.append(row, none, None, None, {"params": row})
+    return recording

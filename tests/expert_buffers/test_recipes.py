@@ -1,0 +1,185 @@
+import json
+import math
+from dataclasses import replace
+
+import naive_experts
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+
+from ddengine.errors import UsageError
+from expert_buffers import ParamSpec
+from expert_buffers.recipes import (
+    RECIPES,
+    ExpertRecipe,
+    climb,
+    find_recipe,
+    gradient_penalty,
+    gsam_direction,
+    loss_scale,
+    orthogonal_part,
+    rate,
+    sgd_step,
+)
+
+
+def draw(*shape, name=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(name), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A tanh network in float64: its gradient as a function of flat weights, and weights."""
+    net = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    spec, x, y = ParamSpec.of(net), draw(7, 5), torch.tensor([0, 1, 1, 0, 1, 0, 0])
+
+    def gradient(w):
+        leaf = w.detach().requires_grad_()
+        loss = F.cross_entropy(functional_call(net, spec.unflatten(leaf), (x,)), y)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    return gradient, draw(sum(spec.sizes), name=1)
+
+
+@pytest.mark.parametrize(("rho", "alpha"), [(0.01, 0.3), (0.7, 0.0), (2.0, 1.7)])
+def test_gsam_is_that_of_its_formulas_number_by_number(problem, rho, alpha):
+    gradient, w = problem
+    naive = naive_experts.gsam(
+        lambda v: gradient(torch.tensor(v, dtype=w.dtype)).tolist(), w.tolist(), rho, alpha
+    )
+    found = gsam_direction(gradient, w, rho, alpha)
+    torch.testing.assert_close(found, torch.tensor(naive, dtype=w.dtype), rtol=1e-12, atol=1e-14)
+
+
+def test_gsam_without_radius_is_one_plain_gradient(problem):
+    gradient, w = problem
+    calls = []
+    found = gsam_direction(lambda at: calls.append(at) or gradient(at), w, 0.0, 0.4)
+    assert torch.equal(found, gradient(w))
+    assert len(calls) == 1
+
+
+def test_gsam_without_alpha_is_adaptive_sam(problem):
+    gradient, w = problem
+    assert torch.equal(gsam_direction(gradient, w, 0.3, 0.0), gradient(w + climb(w, gradient(w), 0.3)))
+
+
+def test_what_gsam_takes_away_is_orthogonal_to_the_gradient_above(problem):
+    gradient, w = problem
+    above = gradient(w + climb(w, gradient(w), 0.5))
+    taken = (above - gsam_direction(gradient, w, 0.5, 0.8)) / 0.8
+    assert taken.norm() > 0.01 * above.norm()
+    assert abs(taken @ above) < 1e-15
+    torch.testing.assert_close(taken, orthogonal_part(gradient(w), above))
+
+
+def test_orthogonal_to_nothing_is_everything():
+    g = draw(11)
+    assert torch.equal(orthogonal_part(g, torch.zeros(11, dtype=g.dtype)), g)
+
+
+def test_the_climb_has_length_rho_where_each_weight_is_measured_by_itself(problem):
+    gradient, w = problem
+    step = climb(w, gradient(w), 0.03)
+    assert (step / w.abs()).norm().item() == pytest.approx(0.03, rel=1e-9)
+    assert step @ gradient(w) > 0
+    assert not climb(w, torch.zeros_like(w), 0.03).any()
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """A small convolutional network on images of 3 channels, 5 x 4 pixels, in float64."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(40, 7)).double()
+    spec = ParamSpec.of(net)
+    return lambda w, x: functional_call(net, spec.unflatten(w), (x,)), draw(sum(spec.sizes), name=2)
+
+
+def test_gradient_penalty_is_a_loop_over_pixels(smooth):
+    logits, w = smooth
+    x = draw(2, 3, 5, 4, name=3)
+    naive = naive_experts.gradient_penalty(lambda images: logits(w, images).sum(), x)
+    assert gradient_penalty(lambda images: logits(w, images).double(), x).item() == pytest.approx(naive, 2e-6)
+
+
+def test_gradient_penalty_has_a_gradient_with_respect_to_the_weights(smooth, monkeypatch):
+    logits, w = smooth
+    x = draw(2, 3, 5, 4, name=4)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # else the sum is taken in float32
+    assert gradcheck(lambda at: gradient_penalty(lambda images: logits(at, images), x), w.requires_grad_())
+
+
+def test_gradient_penalty_vanishes_where_every_pixel_has_slope_one():
+    weights = torch.tensor([0.6, 0.0, -0.8])[:, None, None]
+    x = draw(2, 3, 5, 4).float()
+    assert gradient_penalty(lambda images: images * weights, x).item() == pytest.approx(0, abs=1e-12)
+    assert gradient_penalty(lambda images: 3 * images * weights, x).item() == pytest.approx(4, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-3])
+def test_steps_are_those_of_torch_sgd(momentum, weight_decay):
+    leaf = draw(13).float().requires_grad_()
+    w, velocity = leaf.detach().clone(), None
+    optimiser = torch.optim.SGD([leaf], 0.03, momentum, weight_decay=weight_decay)
+    for step in range(7):
+        leaf.grad = draw(13, name=step).float()
+        w, velocity = sgd_step(w, leaf.grad.clone(), velocity, 0.03, momentum, weight_decay)
+        optimiser.step()
+    torch.testing.assert_close(w, leaf.detach(), rtol=1e-6, atol=0)
+    assert (velocity is None) == (momentum == 0)
+
+
+def test_rate_drops_once_and_the_loss_scale_ends_at_one():
+    ast = RECIPES["ast"]
+    assert [rate(ast, e) for e in (0, 26, 27, 49)] == [0.003, 0.003, 0.6 * 0.003, 0.6 * 0.003]
+    assert [loss_scale(ast.loss_ramp, e) for e in (0, 1, 9, 10, 49)] == [0.5, 0.55, 0.95, 1.0, 1.0]
+    assert {rate(RECIPES["mtt"], e) for e in range(50)} == {0.01}
+    assert loss_scale((), 0) == 1
+
+
+def test_recipes_are_found_by_name_and_a_miss_names_the_nearest():
+    assert find_recipe("ftd") is RECIPES["ftd"]
+    assert all(recipe.name == name for name, recipe in RECIPES.items())
+    own = ExpertRecipe("mine", lr=0.5)
+    assert find_recipe(own) is own
+    with pytest.raises(UsageError, match="'mtd'.*\n.*'(mtt|ftd)'"):
+        find_recipe("mtd")
+
+
+def test_plain_values_leave_the_nominal_length_out_and_spell_the_augmentation():
+    resolved = RECIPES["ast"].resolved("digits")
+    assert resolved.augment == "color_crop_cutout_scale_rotate"
+    assert RECIPES["ast"].resolved("cifar10").augment == "color_crop_cutout_flip_scale_rotate"
+    assert replace(RECIPES["ast"], augment="none").resolved("digits").augment == "none"
+    assert resolved.to_dict() == replace(resolved, epochs=7).to_dict()
+    assert json.loads(json.dumps(resolved.to_dict())) == resolved.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1e-3),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("epochs", 0),
+        ("rho", -0.01),
+        ("alpha", math.inf),
+        ("loss_ramp", (0.5, 0.0)),
+        ("penalty", -2.0),
+        ("lr_drop", 0.0),
+        ("lr_drop_epoch", 0),
+        ("lr_drop_epoch", 2.5),
+        ("augment", "color_swirl"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(key, value):
+    with pytest.raises((UsageError, TypeError)) as raised:
+        ExpertRecipe(**{key: value})
+    assert f"recipe.{key}" in str(raised.value) or "swirl" in str(raised.value)
