@@ -5,14 +5,11 @@ import math
 import platform
 import resource
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ import torch
 from ddengine import __version__, checkpoint, files
 from ddengine.errors import ArtefactError, DDError, Interrupted, UsageError
 from ddengine.nets import resolve
+from ddengine.parallel import signals
 from ddengine.rng import Rng
 from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
@@ -76,6 +74,8 @@ def distill(
             return Result(finished, folder, matcher.steps(task), seconds, matcher.steps(task))
     state, extra, resumed = _start(task, matcher, rng, folder, notice)
     work = matcher.prepare(task, rng)
+    for note in work.notes:
+        (notice or _silent)(note)
     try:
         run = _Run(folder, schedule, matcher.steps(task), time.monotonic() - float(extra.get("seconds", 0.0)))
         claim = partial(_claim, folder, identity, config) if folder is not None else lambda: None
@@ -108,6 +108,10 @@ class _Run:
     began: float
 
 
+def _silent(text: str) -> None:
+    pass
+
+
 def check_fit(task: Task, matcher: Matcher[Any]) -> None:
     """Refuse a task whose budget or experts do not fit the matcher (UsageError)."""
     if matcher.accepts.experts and task.experts is None:
@@ -136,6 +140,7 @@ def run_identity(task: Task, matcher: Matcher[Any], seed: int) -> dict[str, Any]
         },
         "precision": task.precision,
         "seed": seed,
+        **({} if task.experts is None else {"experts": task.experts.digest}),
     }
 
 
@@ -278,30 +283,6 @@ def _log(step: int, metrics: Metrics, run: _Run, progress: Progress | None) -> N
         files.append_json_line(run.folder / "metrics.jsonl", {"step": step, "seconds": seconds, **values})
     if progress is not None:
         progress(step, run.steps, values)
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that receives the number of a SIGINT or SIGTERM; a second one raises KeyboardInterrupt.
-
-    Handlers are set in the main thread only and are put back at the end.
-    """
-    caught: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,11 +5,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import active_children, connection, parent_process
+from types import FrameType
 from typing import Any
 
 import torch
@@ -35,12 +36,38 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def job_pool(work: Work, shared: Any, workers: int = 1) -> Iterator[MapJobs]:
+def signals(then: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
+    """A list that receives the number of a SIGINT or SIGTERM; a second one raises KeyboardInterrupt.
+
+    `then` is called at the first one. Handlers are set in the main thread only and are put back at the end.
+    """
+    caught: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        then()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True) -> Iterator[MapJobs]:
     """A function that maps jobs to `work(shared, job)`, lazily and in order, each computed on one thread.
 
     With `workers` > 1 the jobs run in that many spawned processes; `work` is a module-level function, and
-    `shared` is sent once to each (its tensors should be in shared memory). When the block is left early, by
-    Ctrl-C or by an error, the processes are ended. A process that dies raises DDError.
+    `shared` is sent once to each (its tensors should be in shared memory); without `ordered` results come as
+    they are ready. When the block is left early, by Ctrl-C or by an error, the processes are ended. A process
+    that dies raises DDError.
     """
     require_positive("workers", workers)
     if workers == 1:
@@ -52,7 +79,7 @@ def job_pool(work: Work, shared: Any, workers: int = 1) -> Iterator[MapJobs]:
         workers, mp_context=context, initializer=_start, initargs=(_Named(work), shared)
     )
     try:
-        yield lambda jobs: _collect([pool.submit(_run, job) for job in jobs])
+        yield lambda jobs: _collect(_submitted(pool, jobs), ordered)
     except BrokenProcessPool as error:
         raise DDError(
             f"one of {workers} worker processes died while it worked (killed, out of memory, or not started)",
@@ -89,12 +116,23 @@ def _here(work: Work, shared: Any, jobs: Sequence[Any]) -> Iterator[Any]:
         yield result
 
 
-def _collect(futures: Sequence[Future]) -> Iterator[Any]:
-    for future in futures:
+def _submitted(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> list[Future]:
+    """Futures of the jobs. SIGINT waits while processes start, and they inherit that they never get it: a
+    Ctrl-C goes to the whole group, and one in the middle of its imports would die of it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(_run, job) for job in jobs]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _collect(futures: Sequence[Future], ordered: bool) -> Iterator[Any]:
+    for future in futures if ordered else as_completed(futures):
         yield future.result()
 
 
-def _start(work: Work, shared: Any) -> None:
+def _start(work: Any, shared: Any) -> None:
     """What a worker does first: leave Ctrl-C to its parent, end with its parent, keep what all jobs share."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -229,13 +229,17 @@ class Workspace:
     task: Task
     data: Images
     extra: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the user should know of how the run is prepared
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The only collective: sums a gradient over processes. One process: the tensor itself."""
         return tensor
 
     def close(self) -> None:
-        """Release what `prepare` took."""
+        """Release what `prepare` took; what has a `close` of its own is closed."""
+        for held in self.extra.values():
+            if hasattr(held, "close"):
+                held.close()
         self.extra.clear()
 
 

@@ -211,7 +211,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / MANIFEST
     require_regular(path)
-    manifest = files.read_json(path)
+    text, manifest = _read(path)
     if type(manifest) is not dict or manifest.get("format") != FORMAT:
         raise ArtefactError(f"{path} is no manifest of an expert buffer", "Give the folder of a buffer")
     version = manifest.get("version")
@@ -226,8 +226,20 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise damaged(path, str(error).splitlines()[0]) from error
     if wrong:
         raise damaged(path, wrong)
-    _require_sealed(path, manifest)
+    _require_sealed(path, text, manifest)
     return manifest
+
+
+def _read(path: Path) -> tuple[bytes, Any]:
+    """The text of a manifest and what it says, from one reading: another process may replace it any time."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(files.JSON_LIMIT + 1)
+        return text, json.loads(text) if len(text) <= files.JSON_LIMIT else None
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror}", REMEDY) from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "not JSON") from error
 
 
 def _wrong(value: Any, rules: Mapping[str, Check], where: str) -> str | None:
@@ -298,10 +310,10 @@ def compact(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _require_sealed(path: Path, manifest: Mapping[str, Any]) -> None:
+def _require_sealed(path: Path, text: bytes, manifest: Mapping[str, Any]) -> None:
     try:
-        intact = _seal(manifest) == manifest["seal"] and path.read_bytes() == files.json_bytes(manifest)
-    except (ValueError, RecursionError, OSError) as error:
+        intact = _seal(manifest) == manifest["seal"] and text == files.json_bytes(manifest)
+    except (ValueError, RecursionError) as error:
         raise damaged(path, type(error).__name__) from error
     if not intact:
         raise damaged(path, "its text was changed after it was sealed")

@@ -24,7 +24,7 @@ class Trajectory:
     """One expert, all checkpoints decoded to float32: row 0 is the start, row t is after epoch t.
 
     `params` and `stats` are laid out by `spec` and `stat_spec`; `network` is resolved. `loss` and `accuracy`
-    (training loss, validation accuracy in 0..1) are empty for an imported expert.
+    (0..1), on a fixed draw of fit images without augmentation, are empty for an imported expert.
     """
 
     params: Float[Tensor, "t p"]

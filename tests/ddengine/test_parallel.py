@@ -1,13 +1,14 @@
 import os
+import signal
 import time
 from multiprocessing import active_children
 
 import pytest
 import torch
-from pool_jobs import naps, scaled, threads
+from pool_jobs import naps, scaled, threads, waits
 
 from ddengine.errors import DDError, UsageError
-from ddengine.parallel import job_pool, one_thread
+from ddengine.parallel import job_pool, one_thread, signals
 
 
 @pytest.fixture
@@ -44,6 +45,23 @@ def test_a_pool_maps_twice_passes_on_errors_and_does_not_hang_on_a_dead_worker()
     assert (refused.value.cause, refused.value.remedy) == ("job 0 is wrong", "Give another")
     assert "workers=1" in dead.value.remedy
     assert not active_children()
+
+
+def test_results_come_as_they_are_ready_where_order_does_not_matter():
+    with job_pool(waits, None, 2, ordered=False) as results:
+        assert list(results([1.5, 0.0, 0.0])) == [0.0, 0.0, 1.5]
+    with job_pool(waits, None, ordered=False) as results:
+        assert list(results([0.1, 0.0])) == [0.1, 0.0]
+
+
+def test_the_first_signal_is_noted_and_the_second_interrupts():
+    before, told = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(KeyboardInterrupt), signals(lambda: told.append(1)) as caught:
+        signal.raise_signal(signal.SIGTERM)
+        assert (caught, told) == ([signal.SIGTERM], [1])
+        signal.raise_signal(signal.SIGINT)
+    assert told == [1]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_ends_the_workers_at_once():

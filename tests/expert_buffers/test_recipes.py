@@ -167,7 +167,6 @@ def test_plain_values_leave_the_nominal_length_out_and_spell_the_augmentation():
         ("momentum", -0.1),
         ("weight_decay", -1e-3),
         ("batch_size", 0),
-        ("batch_size", 2.5),
         ("epochs", 0),
         ("rho", -0.01),
         ("alpha", math.inf),
@@ -175,11 +174,9 @@ def test_plain_values_leave_the_nominal_length_out_and_spell_the_augmentation():
         ("penalty", -2.0),
         ("lr_drop", 0.0),
         ("lr_drop_epoch", 0),
-        ("lr_drop_epoch", 2.5),
         ("augment", "color_swirl"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(key, value):
-    with pytest.raises((UsageError, TypeError)) as raised:
+    with pytest.raises(UsageError, match="swirl" if key == "augment" else rf"^recipe\.{key}"):
         ExpertRecipe(**{key: value})
-    assert f"recipe.{key}" in str(raised.value) or "swirl" in str(raised.value)

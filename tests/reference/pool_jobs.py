@@ -19,6 +19,11 @@ def threads(shared, job):
     return torch.get_num_threads(), os.getpid()
 
 
+def waits(shared, job):
+    time.sleep(job)
+    return job
+
+
 def naps(shared, job):
     time.sleep(job)
     return signal.getsignal(signal.SIGINT) == signal.SIG_IGN

@@ -1,0 +1,86 @@
+"""The derivatives of a student's loss as compiled kernels: nested `torch.func.grad` inside `torch.compile`.
+
+`torch.compile` of a loss cannot be differentiated twice; a compiled function that takes the gradient inside
+can be, and one that takes both leaves nothing to be done outside. Shapes are static: one compilation for each
+network and batch shape. It needs a C++ compiler on the CPU, Triton on a GPU.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddengine.ops.unroll import Derivatives, Eager, Loss
+
+TOLERANCE = 1e-2  # of the probe, relative: a flipped ReLU moves it by 0.7 % in float32, a wrong kernel by all
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Derivatives by compiled functions; `products` holds one for each kind of `second` (hessian, soft)."""
+
+    gradient: Callable[..., Tensor]
+    products: dict[tuple[bool, bool], Callable[..., Any]]
+
+    def first(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """See `Derivatives`."""
+        return self.gradient(theta, x, y)
+
+    def second(
+        self, v: Tensor, theta: Tensor, x: Tensor, y: Tensor, hessian: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """See `Derivatives`."""
+        soft = y.is_floating_point()
+        with torch.no_grad():
+            found, g = self.products[hessian, soft](v, theta.detach(), x.detach(), y.detach())
+        found = list(found)
+        return g, found.pop(0) if hessian else None, found[0], found[1] if soft else None
+
+
+def compiled(loss: Loss) -> Compiled:
+    """`loss` with both derivatives compiled at their first use."""
+    kinds = [(hessian, soft) for hessian in (True, False) for soft in (True, False)]
+    wanted = {(h, s): ((0,) if h else ()) + ((1, 2) if s else (1,)) for h, s in kinds}
+    return Compiled(
+        torch.compile(torch.func.grad(loss), dynamic=False),
+        {kind: torch.compile(_product(loss, which), dynamic=False) for kind, which in wanted.items()},
+    )
+
+
+def _product(loss: Loss, which: tuple[int, ...]) -> Callable[..., Any]:
+    def along(theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        g = torch.func.grad(loss)(theta, x, y)
+        return g @ v, g
+
+    return lambda v, theta, x, y: torch.func.grad(along, argnums=which, has_aux=True)(theta, x, y, v)
+
+
+def derivatives(
+    loss: Loss, compile: bool, theta: Tensor, x: Tensor, y: Tensor, hessian: bool = True
+) -> tuple[Derivatives, str | None]:
+    """Compiled derivatives, tried once on (theta, x, y); or eager ones and the reason why they are not."""
+    eager = Eager(loss)
+    if not compile:
+        return eager, None
+    try:
+        made = compiled(loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler's own modules
+            with torch.no_grad():
+                first = made.first(theta, x, y)
+            ours, theirs = (d.second(theta, theta, x, y, hessian) for d in (made, eager))
+            pairs = [(first, theirs[0]), *zip(ours, theirs, strict=True)]
+            gaps = [_gap(a, b) for a, b in pairs if a is not None and b is not None]
+    except Exception as error:  # whatever a compiler raises
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return eager, f"not compiled, which is slower: {reason}"
+    if wrong := [gap for gap in gaps if not gap <= TOLERANCE]:  # nan is wrong too
+        return eager, f"not compiled, which is slower: the compiled derivative is off by {wrong[0]:.1e}"
+    return made, None
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny))
