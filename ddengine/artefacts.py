@@ -1,11 +1,16 @@
-"""What a stored set says of itself: where it lies, what it names, what `inspect` and `verify` show."""
+"""What a stored set or buffer says of itself: where it lies, what it names, what the commands show of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ddengine import files
 from ddengine.config import DatasetConfig, NetworkConfig
 from ddengine.errors import ArtefactError, one_line
+from ddengine.nets import NetSpec
+from expert_buffers.manifest import FORMAT, MANIFEST, describe
+from expert_buffers.recipes import ExpertRecipe
+from expert_buffers.store import ExpertBuffer
 from synth import DistilledSet, verify
 
 
@@ -35,6 +40,26 @@ def manifest_values(path: Path) -> dict[str, Any]:
     return {"dataset": dataset["name"], **options, "network": named(distilled, "network")["name"]}
 
 
+def expert_values(words: Sequence[str]) -> dict[str, Any]:
+    """Keys and values that make `distill experts=DIR` use the dataset and network of that buffer.
+
+    None where a row says what to use.
+    """
+    typed = dict(word.partition("=")[::2] for word in words)
+    path = typed.get("experts", "").strip("'\"")
+    if "row" in typed or path in ("", "null"):
+        return {}
+    manifest = ExpertBuffer(Path(path).expanduser()).manifest
+    dataset, network = manifest["origin"], manifest["networks"][0]
+    values = {"dataset": dataset.get("name", manifest["dataset"]["name"])}
+    values |= {f"dataset.{key}": value for key, value in dataset.items() if key != "name"}
+    values["network"] = network["name"]
+    options = {
+        f"network.{key}": value for key, value in network.items() if key != "name" and value is not None
+    }
+    return values | options
+
+
 def named(distilled: DistilledSet, group: str) -> dict[str, Any]:
     """The `dataset` or `network` that the manifest names, with its options (else ArtefactError)."""
     default = {"name": distilled.spec.name if group == "dataset" else "convnet"}
@@ -49,7 +74,9 @@ def named(distilled: DistilledSet, group: str) -> dict[str, Any]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """What `inspect` shows of the set at `path`, after its files were verified (plain JSON)."""
+    """What `inspect` shows (plain JSON): of a set after its files were verified, of a buffer its manifest."""
+    if is_buffer(path):
+        return ExpertBuffer(path).summary()
     folder = artefact(path)
     distilled = DistilledSet.load(folder)
     manifest = distilled.manifest
@@ -60,6 +87,8 @@ def summary(path: Path) -> dict[str, Any]:
 
 def summary_text(found: Mapping[str, Any]) -> str:
     """The same for people."""
+    if found["format"] == FORMAT:
+        return _buffer_text(found)
     dataset, budget, made = found["dataset"], found["budget"], found["provenance"]
     network, matcher = found["recipe"].get("network"), made.get("matcher")
     size = ", ".join(f"{key} {budget[key]:,}" for key in ("images", "labels", "extras", "total"))
@@ -78,4 +107,29 @@ def summary_text(found: Mapping[str, Any]) -> str:
 
 def verified(path: Path) -> list[str]:
     """The lines of `verify`: what was checked and found right (else ArtefactError)."""
-    return verify(artefact(path))
+    return ExpertBuffer(path).verify() if is_buffer(path) else verify(artefact(path))
+
+
+def is_buffer(path: Path) -> bool:
+    """Whether the manifest in the folder `path` says that this is an expert buffer."""
+    if not (path / MANIFEST).is_file():
+        return False
+    found = files.read_json(path / MANIFEST)
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _buffer_text(found: Mapping[str, Any]) -> str:
+    epochs = " to ".join(dict.fromkeys(map(str, found["epochs"] or [0])))
+    networks = ", ".join(describe(NetSpec(**network)) for network in found["networks"])
+    accuracy = "unknown" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} %"
+    plain = {**ExpertRecipe().to_dict(), "precision": "fp32", "lr": None}
+    recipe = ", ".join(f"{k} {v}" for k, v in found["recipe"].items() if k != "name" and v != plain.get(k))
+    lines = [
+        f"{found['path']}: {found['experts']} experts of {epochs} epochs",
+        f"  source    {found['dataset']}, {found['preprocessing']}",
+        f"  bytes     {found['bytes']:,} as {found['encoding']}",
+        f"  recipe    {found['recipe'].get('name', '?')}: {recipe}",
+        f"  networks  {networks}",
+        f"  accuracy  {accuracy} of the images that it was taken on, last epochs",
+    ]
+    return "\n".join(map(one_line, lines))

@@ -9,6 +9,7 @@ from ddengine.origins import ROOT
 MATCHERS = {
     "attention": "attention matching (DataDAM): class means of spatial attention and embedding",
     "distribution": "distribution matching (DM): class means of the embedding",
+    "trajectory": "trajectory matching (MTT, with DATM, AST, FTD and TESLA as options); needs experts",
     "random": "random real images, class by class",
     "herding": "real images whose running mean follows the class mean (herding)",
     "kmeans": "the real image nearest each k-means centre of its class",
@@ -23,12 +24,20 @@ NETWORKS = {
     "resnet18": "ResNet-18, small-image stem up to 64 pixels, torchvision's above",
     "vit": "a small vision transformer",
 }
-KINDS = {"matchers": MATCHERS, "datasets": data.DESCRIPTIONS, "networks": NETWORKS}
+RECIPES = {
+    "mtt": "experts by plain SGD at a constant rate (MTT)",
+    "ftd": "experts by adaptive GSAM, flat minima at two gradients a step (FTD, DATM)",
+    "ast": "smooth experts: momentum, early loss ramp, gradient penalty, rate drop (AST)",
+}
+KINDS = {"matchers": MATCHERS, "datasets": data.DESCRIPTIONS, "networks": NETWORKS, "recipes": RECIPES}
+PLUGGED = ("matchers", "datasets", "networks")  # kinds to which other distributions add
 
 
 def listing(kind: str) -> list[tuple[str, str, str]]:
-    """(name, origin, description) of every matcher, dataset or network, other distributions' included."""
+    """(name, origin, description) of all there is of a kind, other distributions' included."""
     ours = [(name, "ddengine", text) for name, text in KINDS[kind].items()]
+    if kind not in PLUGGED:
+        return ours
     plugged = [e for e in entry_points(group=f"ddengine.{kind}") if e.name not in KINDS[kind]]
     return ours + [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged]
 

@@ -30,10 +30,12 @@ from ddengine.errors import (
 COMMANDS = {
     "demo": ("", "distil the embedded digits and judge the result: under two minutes, no network"),
     "distill": ("", "distil a dataset; the same command resumes after an interruption"),
+    "buffer": ("", "record expert trajectories; the same command goes on, or extends the buffer"),
     "evaluate": ("PATH", "judge a distilled set or a run by the fair protocol"),
-    "inspect": ("PATH", "show what is in a distilled set or a run"),
-    "verify": ("PATH", "check hashes, shapes and ranges of a distilled set; safe on untrusted files"),
-    "list": ("KIND", "list matchers, datasets, networks or configs"),
+    "report": ("RUN ...", "show what runs made, their last evaluations and learning curves, also as a page"),
+    "inspect": ("PATH", "show what is in a distilled set, a run or an expert buffer"),
+    "verify": ("PATH", "check hashes, shapes and ranges of a set or a buffer; safe on untrusted files"),
+    "list": ("KIND", "list matchers, datasets, networks, recipes or configs"),
     "doctor": ("", "show versions, devices and what is wrong with the installation"),
 }
 DATASET = (
@@ -44,13 +46,18 @@ NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
 PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.steps=N matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
+    "experts=DIR "
     f"seed=N out=DIR {PLACE} deterministic=true|false checkpoint.steps=N checkpoint.minutes=N row=NAME",
+    "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast recipe.OPTION=VALUE count=N epochs=N "
+    "max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
+    f"seed=N out=DIR {PLACE} workers=N checkpoint.minutes=N",
     "evaluate": f"{DATASET} {NETWORK} networks=[a,b] seeds=N seed=N rows=[random,full] recipe.steps=N "
     "recipe.lrs=[0.01,0.03] recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
     f"recipe.augment=auto|none|color_crop_flip {PLACE} workers=N out=DIR",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")
+VALUED = {"report": ("--html",)}  # flags of a command that take a value
 
 
 def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
@@ -123,17 +130,35 @@ def _run(given: list[str]) -> int:
     command, rest = given[0], given[1:]
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
+    known = VALUED.get(command, ())
+    rest, values = _values(rest, known)
     flags = [word for word in rest if word.startswith("-")]
     for flag in flags:
         if flag not in FLAGS:
-            raise unknown("flag", flag, FLAGS)
+            raise unknown("flag", flag, FLAGS + known)
     if "--help" in flags or "-h" in flags:
         _show(_help(command))
         return EXIT_DONE
     words = [word for word in rest if not word.startswith("-")]
     if origins.SiblingFinder not in sys.meta_path:
         origins.check()
-    return _HANDLERS[command](words, "--json" in flags)
+    return _HANDLERS[command](words, "--json" in flags, **values)
+
+
+def _values(words: list[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words without the flags `known`, and these with their values: `--flag VALUE` or `--flag=VALUE`."""
+    others, values, left = [], {}, list(words)
+    while left:
+        flag, joined, value = left.pop(0).partition("=")
+        if flag not in known:
+            others.append(flag + joined + value)
+            continue
+        if not joined and left and not left[0].startswith("-"):
+            value = left.pop(0)
+        if not value:
+            raise UsageError(f"{flag} names no file", f"Write: {flag} FILE")
+        values[flag.removeprefix("--")] = value
+    return others, values
 
 
 def _overview() -> str:
@@ -155,7 +180,8 @@ def _overview() -> str:
 def _help(command: str) -> str:
     argument, text = COMMANDS[command]
     head = " ".join(filter(None, ("ddengine", command, argument)))
-    parts = [head, f"{text[0].upper()}{text[1:]}.", "Flags: --json (one object on stdout), --help"]
+    valued = "".join(f"{flag} FILE, " for flag in VALUED.get(command, ()))
+    parts = [head, f"{text[0].upper()}{text[1:]}.", f"Flags: --json (one object on stdout), {valued}--help"]
     if command in KEYS:
         keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
         parts.insert(2, "\n  ".join(["Keys:", *keys]))
@@ -194,11 +220,23 @@ def _distill(words: list[str], as_json: bool) -> int:
     from ddengine.compose import composed
     from ddengine.console import Console
 
-    config = composed("distill", words)
+    config = composed("distill", words, artefacts.expert_values(words))
     with Console() as console:
         result = recipes.run_distill(config, console.watch())
     assert result.folder is not None
     found = {**artefacts.summary(result.folder), "resumed_from": result.resumed_from}
+    _show(json.dumps(found) if as_json else artefacts.summary_text(found))
+    return EXIT_DONE
+
+
+def _buffer(words: list[str], as_json: bool) -> int:
+    from ddengine import artefacts, recipes
+    from ddengine.compose import composed
+    from ddengine.console import Console
+
+    config = composed("buffer", words)
+    with Console() as console:
+        found = recipes.run_buffer(config, console.watch()).summary()
     _show(json.dumps(found) if as_json else artefacts.summary_text(found))
     return EXIT_DONE
 
@@ -213,6 +251,25 @@ def _evaluate(words: list[str], as_json: bool) -> int:
     with Console() as console:
         table = recipes.run_evaluate(path, config, console.watch())
     _print_table(table, as_json)
+    return EXIT_DONE
+
+
+def _report(words: list[str], as_json: bool, html: str | None = None) -> int:
+    from ddengine import report
+    from ddengine.page import page
+    from ddengine.runs import read_run, write_page
+
+    if not words:
+        raise UsageError("report takes one RUN or more, not 0", "Write: ddengine report RUN ...")
+    runs = [read_run(Path(word)) for word in words]
+    shown = [run.shown() for run in runs]
+    if html is not None:
+        write_page(Path(html).expanduser(), page(shown))
+        print(one_line(f"wrote {html}"), file=sys.stderr)
+    if as_json:
+        _show(json.dumps({"runs": [run.to_json() for run in runs]}, allow_nan=False))
+    else:
+        _show("\n".join(map(report.run_markdown, shown)).rstrip("\n"))
     return EXIT_DONE
 
 
@@ -275,10 +332,12 @@ def _no_keys(command: str, words: list[str]) -> None:
         raise UsageError(f"{command} does not take '{words[0]}'", f"Write: {form}")
 
 
-_HANDLERS: dict[str, Callable[[list[str], bool], int]] = {
+_HANDLERS: dict[str, Callable[..., int]] = {
     "demo": _demo,
     "distill": _distill,
+    "buffer": _buffer,
     "evaluate": _evaluate,
+    "report": _report,
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -20,9 +20,10 @@ import matchers
 from ddengine import catalog
 from ddengine.config import COMMANDS, DatasetConfig, NetworkConfig
 from ddengine.errors import UsageError, unknown
+from expert_buffers.recipes import RECIPES, ExpertRecipe
 
-GROUPS = ("dataset", "matcher", "network", "row")
-PATHS = ("out", "dataset.root")  # taken as typed, so that no path needs quotes
+GROUPS = ("dataset", "matcher", "network", "recipe", "row")
+PATHS = ("out", "dataset.root", "experts")  # taken as typed, so that no path needs quotes
 
 
 def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
@@ -82,12 +83,12 @@ def _known(group: str) -> list[str]:
 
 
 def _groups(command: str) -> list[str]:
-    """What `command` chooses by name: dataset, matcher, network, row, or some of them."""
+    """What `command` chooses by name: dataset, matcher, network, recipe, row, or some of them."""
     return [group for entry in COMMANDS[command]().defaults if isinstance(entry, dict) for group in entry]
 
 
 def _register(choices: Sequence[Override]) -> None:
-    """Tell hydra our schemas, one per command, dataset, network and matcher, and those of chosen plug-ins."""
+    """Tell hydra our schemas, one per command and per name of a group, and those of chosen plug-ins."""
     store = ConfigStore.instance()
     for command, schema in COMMANDS.items():
         store.store(name=command, node=schema)
@@ -95,6 +96,7 @@ def _register(choices: Sequence[Override]) -> None:
         "dataset": DatasetConfig,
         "network": NetworkConfig,
         "matcher": _schema,
+        "recipe": _recipe,
     }
     for group, make in makers.items():
         chosen = [str(o.value()) for o in choices if o.key_or_group == group]
@@ -114,15 +116,28 @@ def _schema(name: str) -> Any:
     except Exception as error:
         cause = f"the plug-in matcher '{name}' does not load: {error}"
         raise UsageError(cause, "Repair or remove the package that provides it") from error
-    hints = get_type_hints(type(options))
-    columns: list[Any] = [("name", str, field(default=name))]
+    return _twin(type(options), [("name", str, field(default=name))])
+
+
+def _recipe(name: str) -> Any:
+    """A mutable twin of an expert recipe, with its values."""
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(RECIPES[name]).items()}
+    return _twin(ExpertRecipe, [])(**values)
+
+
+def _twin(options: type, columns: list[Any]) -> type:
+    """A mutable dataclass with `columns`, then the fields and defaults of `options`, groups of them too."""
+    hints = get_type_hints(options)
     for f in fields(options):
-        value = f.default  # not the prototype's value: a variant may fill in what is left open
-        default = (
-            field(default_factory=partial(list, value)) if isinstance(value, tuple) else field(default=value)
-        )
-        columns.append((f.name, hints[f.name], default))
-    return make_dataclass(f"{type(options).__name__}Config", columns)
+        kind, value = hints[f.name], f.default  # not a prototype's value: a variant fills in what is open
+        if is_dataclass(value):
+            kind = _twin(type(value), [])
+            columns.append((f.name, kind, field(default_factory=kind)))
+        elif isinstance(value, tuple):
+            columns.append((f.name, kind, field(default_factory=partial(list, value))))
+        else:
+            columns.append((f.name, kind, field(default=value)))
+    return make_dataclass(f"{options.__name__}Config", columns)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

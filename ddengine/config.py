@@ -55,8 +55,15 @@ class RecipeConfig:
     augment: str = "auto"
 
 
+@dataclass
+class SavingConfig:
+    """How often a recording keeps the epochs of unfinished experts."""
+
+    minutes: float = 5.0
+
+
 def _groups(*names: str, row: bool = False) -> list[Any]:
-    given = {"dataset": MISSING, "matcher": "attention", "network": "convnet"}
+    given = {"dataset": MISSING, "matcher": "attention", "network": "convnet", "recipe": "mtt"}
     return ["_self_", *({name: given[name]} for name in names), *([{"row": None}] if row else [])]
 
 
@@ -70,12 +77,36 @@ class DistillConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ipc: int | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    experts: str | None = None
     seed: int = 0
     out: str | None = None
     device: str = "auto"
     precision: str = "auto"
     deterministic: bool = False
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class BufferConfig:
+    """`ddengine buffer`; `epochs` null means max_start_epoch + expert_epochs, `workers` null the cores."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network", "recipe"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    networks: list[str] | None = None
+    recipe: Any = MISSING
+    count: int = 100
+    epochs: int | None = None
+    max_start_epoch: int = 19
+    expert_epochs: int = 2
+    full_experts: int = 0
+    encoding: str = "delta16"
+    seed: int = 0
+    out: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    checkpoint: SavingConfig = field(default_factory=SavingConfig)
 
 
 @dataclass
@@ -106,4 +137,9 @@ class DemoConfig:
     seeds: int = 5
 
 
-COMMANDS: dict[str, type] = {"distill": DistillConfig, "evaluate": EvaluateConfig, "demo": DemoConfig}
+COMMANDS: dict[str, type] = {
+    "distill": DistillConfig,
+    "buffer": BufferConfig,
+    "evaluate": EvaluateConfig,
+    "demo": DemoConfig,
+}

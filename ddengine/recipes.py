@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import matchers
 from ddengine import data, files, judge, loop
 from ddengine.artefacts import artefact, named, run_of
 from ddengine.config import (
+    BufferConfig,
     CheckpointConfig,
     DatasetConfig,
     DistillConfig,
@@ -28,6 +29,9 @@ from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
 from ddengine.types import Budget, Images, Matcher, Task, fingerprint
+from expert_buffers import record
+from expert_buffers.recipes import ExpertRecipe
+from expert_buffers.store import ExpertBuffer
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -101,7 +105,8 @@ def evaluate(
 ) -> Table:
     """Judge a distilled set by `standard-v1`; dataset and networks default to what its manifest names.
 
-    With `out`, or for the set of a run, each trained network is one line of `results.jsonl` there.
+    With `out`, or for the set of a run, each trained network is one line of `results.jsonl` there, and the
+    newest table is `table.json`.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
     if not isinstance(dataset, Dataset):
@@ -114,7 +119,7 @@ def evaluate(
     if folder is not None:
         files.make_folder(folder)
     bar = watch.bar("evaluating")
-    return judge.evaluate(
+    table = judge.evaluate(
         distilled,
         dataset,
         networks=specs,
@@ -128,6 +133,9 @@ def evaluate(
         log=(lambda record: files.append_json_line(folder / "results.jsonl", record)) if folder else None,
         on_progress=lambda done, total: bar(done, total, {}),
     )
+    if folder is not None:
+        files.write_json(folder / "table.json", table.to_json())
+    return table
 
 
 def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
@@ -141,8 +149,9 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     where = _device(config.device)
     precision = _precision(config.precision, where)
     schedule = _schedule(config.checkpoint)
+    experts = ExpertBuffer(Path(config.experts).expanduser()) if config.experts else None
     dataset = _load(config.dataset, watch)
-    work = Task(dataset.fit, budget, None, where, precision, _given(config.dataset))
+    work = Task(dataset.fit, budget, experts, where, precision, _given(config.dataset))
     return loop.distill(
         work,
         algorithm,
@@ -152,6 +161,37 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
         progress=watch.bar(f"distilling {config.dataset.name}"),
         notice=watch.notice,
         config=OmegaConf.to_yaml({key: value for key, value in vars(config).items() if key != "defaults"}),
+    )
+
+
+def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
+    """`ddengine buffer`: load the fit part and train experts on it, into the folder of the buffer."""
+    recipe = ExpertRecipe(**_tuples(vars(config.recipe)))
+    require_positive("checkpoint.minutes", config.checkpoint.minutes)
+    where = _device(config.device)
+    precision = _precision(config.precision, where)
+    names = [config.network.name] if config.networks is None else config.networks
+    dataset = _load(config.dataset, watch)
+    default = f"runs/{config.dataset.name}_{'+'.join(names)}_experts_seed{config.seed}"
+    return record(
+        dataset.fit,
+        [replace(_spec(config.network), name=name) for name in names],
+        Path(config.out or default),
+        count=config.count,
+        epochs=config.epochs,
+        max_start_epoch=config.max_start_epoch,
+        expert_epochs=config.expert_epochs,
+        full_experts=config.full_experts,
+        recipe=recipe,
+        seed=config.seed,
+        encoding=config.encoding,
+        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        device=str(where),
+        precision=precision,
+        save_minutes=config.checkpoint.minutes,
+        progress=watch.bar(f"recording {config.dataset.name}"),
+        notice=watch.notice,
+        origin=_given(config.dataset),
     )
 
 
@@ -234,7 +274,9 @@ def _plain(load: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    """Options as matchers take them: tuples for lists, mappings for groups of options."""
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return {key: vars(value) if is_dataclass(value) else value for key, value in found.items()}
 
 
 def _spec(config: NetworkConfig) -> NetSpec:

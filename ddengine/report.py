@@ -1,15 +1,19 @@
-"""Tables for people from the object that `evaluate --json` prints: plain text, Markdown, a verdict."""
+"""Results for people, from plain JSON: the table of `evaluate --json`, a run with its settings and curves."""
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from ddengine.errors import one_line
 
 HEAD = ("set", "network", "accuracy %", "95 % interval", "n", "lr", "steps", "bytes")
 LEFT = 2  # columns of words; the others are numbers and align right
+SHOWN = 20  # class names of a run that are listed
 
 
 def table_text(table: Mapping[str, Any]) -> str:
     """The table as aligned plain text, one line per row, with a title above and the verdict below."""
-    rows = [HEAD, *_cells(table)]
+    rows = [HEAD, *cells(table)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -19,9 +23,93 @@ def table_text(table: Mapping[str, Any]) -> str:
 def table_markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown, with a title above and the verdict below as a list."""
     rule = [":--"] * LEFT + ["--:"] * (len(HEAD) - LEFT)
-    lines = ["| " + " | ".join(row) + " |" for row in (HEAD, rule, *_cells(table))]
-    notes = [f"- {verdict}" for verdict in verdicts(table)]
-    return "\n".join([f"**{title(table)}**", "", *lines, "", *notes]).rstrip() + "\n"
+    lines = [_markdown_row(row) for row in (HEAD, rule, *cells(table))]
+    notes = [f"- {_literal(verdict)}" for verdict in verdicts(table)]
+    return "\n".join([f"**{_literal(title(table))}**", "", *lines, "", *notes]).rstrip() + "\n"
+
+
+def run_markdown(run: Mapping[str, Any]) -> str:
+    """A run as Markdown: its settings, the table of its last evaluation, both ends of each curve."""
+    about = [("setting", "value"), (":--", ":--"), *settings(run)]
+    ends = [("metric", "first", "last"), (":--", "--:", "--:"), *curve_ends(run["curves"])]
+    table = table_markdown(run["table"]) if run["table"] else f"{_literal(not_evaluated(run))}\n"
+    parts = [f"## {_literal(run['path'])}", "", *map(_markdown_row, about), "", table]
+    return "\n".join(parts + [_markdown_row(row) for row in ends if run["curves"]]).rstrip() + "\n"
+
+
+def not_evaluated(run: Mapping[str, Any]) -> str:
+    """What stands in place of the table of a run that has none."""
+    if run["set"] is None:
+        return "not finished: repeat its distill command"
+    return f"not evaluated yet: {shlex.join(['ddengine', 'evaluate', run['path']])}"
+
+
+def curve_ends(curves: Mapping[str, Sequence[Sequence[float | int]]]) -> list[tuple[str, ...]]:
+    """Metric, first and last value with its step, for each curve."""
+    ends = {metric: (points[0], points[-1]) for metric, points in curves.items()}
+    return [
+        (metric, *(f"{value:.4g} (step {step})" for step, value in pair)) for metric, pair in ends.items()
+    ]
+
+
+def settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was distilled and how: pairs of a name and a line; what only a finished run has may be absent."""
+    identity, made = run["run"], run["set"]
+    dataset, matcher = identity["dataset"], identity["matcher"]
+    shape = "x".join(map(str, dataset["shape"]))
+    options = {key: value for key, value in matcher.items() if key not in ("type", "options", "network")}
+    network = matcher.get("network") if made is None else made["recipe"].get("network")
+    found = [
+        ("dataset", f"{dataset['name']}, images of {shape}, {dataset.get('preprocessing', '?')}"),
+        ("classes", "" if made is None else _some(made["dataset"]["classes"])),
+        ("matcher", matcher["type"]),
+        ("options", _pairs({**options, **(matcher.get("options") or {})})),
+        ("network", _pairs(network)),
+        ("budget", _pairs(identity["budget"])),
+        ("experts", identity.get("experts", "")),
+        ("seed", f"{identity.get('seed', '?')}, precision {identity.get('precision', '?')}"),
+        *([] if made is None else _costs(made)),
+    ]
+    return [(name, str(text)) for name, text in found if text]
+
+
+def _costs(made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    how, parts = made["provenance"], ("images", "labels", "extras", "total")
+    yield "size", f"{made['count']} images ({made['kind']}, labels: {made['y_kind']})"
+    yield "bytes", ", ".join(f"{part} {made['budget'][part]:,}" for part in parts)
+    yield "cost", ", ".join(f"{key} {how.get(key, '?')}" for key in ("steps", "seconds", "peak_memory_bytes"))
+    yield "made on", f"{how.get('device', '?')}, threads {how.get('threads', '?')}"
+    yield "versions", _pairs(how.get("versions"))
+
+
+def _pairs(values: Any, path: str = "") -> str:
+    """`key value, ...` of a table and the tables in it, without what is None."""
+    if not isinstance(values, Mapping):
+        return ""
+    found = (
+        _pairs(value, f"{path}{key}.") if isinstance(value, Mapping) else f"{path}{key} {_spelled(value)}"
+        for key, value in values.items()
+        if value is not None
+    )
+    return ", ".join(text for text in found if text)
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(_literal(cell).replace("|", "\\|") for cell in row) + " |"
+
+
+def _literal(text: str) -> str:
+    """Text from a file on one line, with nothing in it that Markdown takes for HTML."""
+    return one_line(text).replace("<", "&lt;")
 
 
 def title(table: Mapping[str, Any]) -> str:
@@ -50,7 +138,8 @@ def _apart(a: Sequence[float] | None, b: Sequence[float] | None) -> str:
     return "95 % intervals apart" if a[0] > b[1] or b[0] > a[1] else "95 % intervals overlap"
 
 
-def _cells(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def cells(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table's rows as texts, in the columns of HEAD."""
     return [
         (
             row["name"],

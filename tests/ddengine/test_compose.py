@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -76,9 +76,19 @@ def test_options_of_a_matcher_are_its_keys_with_their_defaults(name):
     options = MATCHERS[name].options
     node = composed("distill", ["dataset=digits", f"matcher={name}"]).matcher
     assert [f.name for f in fields(node)] == ["name", *(f.name for f in fields(options))]
+    same_defaults(node, type(options))
+
+
+def same_defaults(node, options):
+    """Whether a node has the defaults and types of a dataclass of options, groups of options too."""
     for f in fields(options):
-        assert getattr(node, f.name) == (list(f.default) if isinstance(f.default, tuple) else f.default)
-        assert get_type_hints(type(node))[f.name] == get_type_hints(type(options))[f.name]
+        value = getattr(node, f.name)
+        if is_dataclass(f.default):
+            assert [g.name for g in fields(value)] == [g.name for g in fields(f.default)]
+            same_defaults(value, type(f.default))
+            continue
+        assert value == (list(f.default) if isinstance(f.default, tuple) else f.default)
+        assert get_type_hints(type(node))[f.name] == get_type_hints(options)[f.name]
 
 
 @pytest.mark.parametrize(
