@@ -1,6 +1,6 @@
 """What each part of trajectory matching does on Fashion-MNIST at one image per class, under one budget.
 
-    ddengine buffer dataset=fashion_mnist dataset.root=DIR network.width=16 count=10 max_start_epoch=5 \\
+    ddengine buffer dataset=fashion_mnist dataset.root=DIR network.width=16 count=4 max_start_epoch=5 \\
       expert_epochs=2 workers=2 out=BUFFER
     python benchmarks/trajectory_ablation.py --root DIR --experts BUFFER
 
@@ -30,7 +30,7 @@ from expert_buffers import ExpertBuffer
 HERE = Path(__file__).parent / "results"
 NETWORKS = 3
 INNER = {"steps": 20, "rate": 0.02}
-BASE: dict[str, Any] = {"lr": 1000.0, "lr_rate": 1e-5, "start": "real"}
+BASE: dict[str, Any] = {"lr": 100.0, "window": {"max": 3}}
 DATM = {"labels": "learned", "start": "correct"}
 AST = {"middle": "equal", "balance": True, "perturb": 1.0, "start": "representative"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--experts", required=True)
     parser.add_argument("--ipc", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", nargs="*", default=list(ROWS))

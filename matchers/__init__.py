@@ -3,7 +3,8 @@
 A distribution adds its own through the entry-point group `ddengine.matchers`, each entry a matcher value.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -13,10 +14,12 @@ from ddengine.types import Matcher
 from matchers.attention import AttentionMatching
 from matchers.distribution import DistributionMatching
 from matchers.subset import SubsetSelection
+from matchers.trajectory import TrajectoryMatching
 
 MATCHERS: dict[str, Any] = {
     "attention": AttentionMatching(),
     "distribution": DistributionMatching(),
+    "trajectory": TrajectoryMatching(),
     "random": SubsetSelection("random"),
     "herding": SubsetSelection("herding"),
     "kmeans": SubsetSelection("kmeans"),
@@ -40,6 +43,17 @@ def find(name: str) -> Any:
     raise unknown("matcher", name, names())
 
 
+def _group(said: str, prototype: Any, key: str, value: Any) -> Any:
+    """The value of an option; one that is a group of options may be given as a mapping."""
+    kind = type(prototype.options.__dataclass_fields__[key].default)
+    if not is_dataclass(kind) or not isinstance(value, Mapping):
+        return value
+    for inner in value:
+        if inner not in kind.__dataclass_fields__:
+            raise unknown(f"option of matcher '{said}'", inner, kind.__dataclass_fields__)
+    return kind(**value)
+
+
 def make(name: str, network: NetSpec | None = None, **options: Any) -> Matcher[Any]:
     """The matcher called `name` with these options and this network; unknown options are a UsageError."""
     prototype = find(name)
@@ -48,7 +62,8 @@ def make(name: str, network: NetSpec | None = None, **options: Any) -> Matcher[A
         if key not in known:
             raise unknown(f"option of matcher '{name}'", key, known)
     try:
-        made = replace(prototype, options=type(prototype.options)(**options))
+        nested = {key: _group(f"{name}.{key}", prototype, key, value) for key, value in options.items()}
+        made = replace(prototype, options=type(prototype.options)(**nested))
     except TypeError as error:
         raise UsageError(f"matcher {name}: {error}", "Give each option a value of its type") from error
     return made if network is None else replace(made, network=network)

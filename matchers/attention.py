@@ -16,7 +16,7 @@ chosen on validation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets.core import NetSpec, Network
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from expert_buffers.segment import Window
 from matchers import descent
 from matchers.descent import PixelState
 
@@ -140,7 +141,8 @@ class AttentionOptions:
 
     `lr` is the pixel rate at `scale` 100 and `schedule` its course (constant, cosine, drop); `layers` are
     numbers of ReLU layers (None: all but the last); `augment` a DSA string, "auto" the papers' (no flip on
-    digits); `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the
+    digits); `networks` are "random" (drawn anew) or come from a "buffer" of experts at epochs of `window`;
+    `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the
     batch; the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the
     embedding term, a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published
     balance of the two terms.
@@ -161,6 +163,7 @@ class AttentionOptions:
     augment: str = "auto"
     start: str = "real"
     networks: str = "random"
+    window: Window = Window()
     networks_per_step: int = 1
     chunk: int = 128
     codec: str = "uint8"
@@ -193,7 +196,10 @@ class AttentionMatching:
     options: AttentionOptions = AttentionOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", batch_norm=True)
+    @property
+    def accepts(self) -> Accepts:
+        """Images, and experts with `networks` "buffer"."""
+        return descent.accepted(self.options)
 
     def __post_init__(self) -> None:
         """Fill in what the variant decides, so that a manifest tells what was really used."""
@@ -207,7 +213,7 @@ class AttentionMatching:
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
         """Data and one network on the device."""
-        return descent.workspace(task, self.network)
+        return descent.workspace(task, self.network, self.options)
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""

@@ -1,4 +1,4 @@
-"""What the pixel matchers share: the start, one gradient over fresh networks in chunks, one momentum step."""
+"""What the pixel matchers share: the start, one gradient over drawn networks in chunks, one momentum step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,13 +15,16 @@ from ddengine.nets import build, has_batch_norm, resolve
 from ddengine.nets.core import NetSpec, Network, initialise
 from ddengine.ops import dsa
 from ddengine.rng import Rng
-from ddengine.types import Metrics, SynthSet, Task, Workspace
+from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from expert_buffers.segment import Window
+from expert_buffers.store import ExpertBuffer
 from synth import Pixels
 from synth.pixels import CODECS
 from synth.starts import STARTS, start_images
 
 PUBLISHED_EMBEDDING = 2048  # dimensions summed over in the papers, to which their rates and weights belong
 SCHEDULES = ("constant", "cosine", "drop")
+NETWORKS = ("random", "buffer")
 Statistics = Callable[[Network, Tensor], list[Tensor]]
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 
@@ -44,6 +47,10 @@ class DescentOptions(Protocol):
     def networks_per_step(self) -> int: ...
     @property
     def chunk(self) -> int: ...
+    @property
+    def networks(self) -> str: ...
+    @property
+    def window(self) -> Window: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def check_options(o: Any) -> None:
     require_positive("matcher.momentum", o.momentum, zero=True)
     require(o.start, STARTS, "matcher.start")
     require(o.codec, CODECS, "matcher.codec")
-    require(o.networks, ("random",), "matcher.networks")
+    require(o.networks, NETWORKS, "matcher.networks")
     if o.schedule is not None:
         require(o.schedule, SCHEDULES, "matcher.schedule")
     if o.augment != "auto":
@@ -84,12 +91,53 @@ def start(task: Task, rng: Rng, name: str, codec: str) -> PixelState:
     return PixelState(0, synth, {key: torch.zeros_like(value) for key, value in synth.params().items()})
 
 
-def workspace(task: Task, network: NetSpec) -> Workspace:
+def accepted(o: DescentOptions) -> Accepts:
+    """What a pixel matcher works on: images, and experts where it draws its networks from a buffer."""
+    return Accepts(source="images", experts=o.networks == "buffer", batch_norm=True)
+
+
+def workspace(task: Task, network: NetSpec, o: DescentOptions) -> Workspace:
     """The task with its data resident on the device and one network whose weights each step draws anew."""
     spec, classes = task.source.spec, len(task.source.spec.classes)
     net = build(resolve(network, spec.shape), spec.shape, classes, Rng(0).torch("weights"))
     net = net.to(task.device).to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
-    return Workspace(task, task.source.to(task.device), {"net": net, "together": has_batch_norm(net)})
+    extra = {"net": net, "together": has_batch_norm(net)}
+    if o.networks == "buffer":
+        extra["experts"] = _experts(task, network, o.window)
+    return Workspace(task, task.source.to(task.device), extra)
+
+
+def checked(task: Task, network: NetSpec) -> NetSpec:
+    """The resolved network, after the task's buffer was found to fit it (UsageError)."""
+    if not isinstance(task.experts, ExpertBuffer):
+        raise UsageError(f"experts are a {type(task.experts).__name__}", "Give an ExpertBuffer: experts=DIR")
+    resolved = resolve(network, task.source.spec.shape)
+    task.experts.check(task.source.spec, resolved)
+    return resolved
+
+
+def _experts(task: Task, network: NetSpec, window: Window) -> list[int]:
+    """The experts with this network, all of which must reach into the window (UsageError)."""
+    checked(task, network)
+    found = task.experts.matching(network)
+    shortest = min(task.experts.epochs(i) for i in found)
+    if max(window.min, (window.start or 1) - 1, (window.max or 1) - 1) > shortest:
+        raise UsageError(
+            f"matcher.window reaches beyond the {shortest} epochs of the buffer {task.experts.root}",
+            f"Give matcher.window.max={shortest + 1} or less, or continue the buffer",
+        )
+    return found
+
+
+def draw_network(work: Workspace, rng: Rng, o: DescentOptions, iteration: int) -> Network:
+    """The workspace's network in train mode with fresh weights, or those of an expert within the window."""
+    if o.networks == "random":
+        return initialise(work.extra["net"], rng.torch("weights")).train()  # type: ignore[return-value]
+    generator, experts = rng.torch("expert"), work.extra["experts"]
+    number = experts[int(torch.randint(len(experts), (), generator=generator))]
+    high = o.window.upper(iteration, work.task.experts.epochs(number) + 1)
+    row = int(torch.randint(o.window.min, high, (), generator=generator))
+    return work.task.experts.load(work.extra["net"], number, row).train()
 
 
 def groups(classes: int, per_class: int, chunk: int, together: bool) -> Iterator[Int[Tensor, " g"]]:
@@ -130,9 +178,15 @@ def group_means(
 
 
 def matching_gradient(
-    synth: SynthSet, work: Workspace, rng: Rng, o: DescentOptions, statistics: Statistics, loss: Loss
+    synth: SynthSet,
+    work: Workspace,
+    net: Network,
+    rng: Rng,
+    o: DescentOptions,
+    statistics: Statistics,
+    loss: Loss,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of `loss` between class means of real and synthetic statistics on a fresh network; the loss.
+    """Gradient of `loss` between class means of real and synthetic statistics on `net`; the loss.
 
     Each class has its own DSA parameters, the same for its real and synthetic images (siamese). Groups of
     classes are taken in turn and the real images of a group in pieces of `chunk`; with batch norm all classes
@@ -140,7 +194,6 @@ def matching_gradient(
     """
     spec, device, together = work.data.spec, work.task.device, work.extra["together"]
     k, per_class = len(spec.classes), o.real_per_class or 1
-    net = initialise(work.extra["net"], rng.torch("weights")).train()
     strategy = dsa.strategy_for(spec.name) if o.augment == "auto" else o.augment
     params = dsa.sample(rng.torch("augment"), strategy, k, spec.shape[1:])
     real = work.data.draw(rng.torch("real"), range(k), per_class)
@@ -153,7 +206,7 @@ def matching_gradient(
     def measure(x: Tensor, rows: Tensor) -> list[Tensor]:
         x = dsa.apply(x, params, rows).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=work.task.precision == "bf16"):
-            return statistics(net, x)  # type: ignore[arg-type]
+            return statistics(net, x)
 
     largest = max(per_class, *(len(m) for m in mine))
     for group in groups(k, largest, o.chunk, together):
@@ -182,12 +235,12 @@ def step(
     statistics: Statistics,
     loss: Loss,
 ) -> tuple[PixelState, Metrics]:
-    """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over fresh networks."""
+    """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over drawn networks."""
     rng = rng.fold("step", state.step)
-    runs = [
-        matching_gradient(state.synth, work, rng.fold(i), o, statistics, loss)
-        for i in range(o.networks_per_step)
-    ]
+    runs = []
+    for run in (rng.fold(i) for i in range(o.networks_per_step)):
+        net = draw_network(work, run, o, state.step)
+        runs.append(matching_gradient(state.synth, work, net, run, o, statistics, loss))
     lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
     params = state.synth.params()
     velocity, moved = {}, {}

@@ -9,7 +9,6 @@ It is attention matching without its attention term: the same step, the same dra
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ddengine.errors import require_positive
 from ddengine.nets.core import NetSpec, Network
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from expert_buffers.segment import Window
 from matchers import descent
 from matchers.attention import image_statistics, mmd_term
 from matchers.descent import PixelState
@@ -36,6 +36,7 @@ class DistributionOptions:
     augment: str = "auto"
     start: str = "real"
     networks: str = "random"
+    window: Window = Window()
     networks_per_step: int = 1
     chunk: int = 128
     codec: str = "uint8"
@@ -52,7 +53,10 @@ class DistributionMatching:
     options: DistributionOptions = DistributionOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", batch_norm=True)
+    @property
+    def accepts(self) -> Accepts:
+        """Images, and experts with `networks` "buffer"."""
+        return descent.accepted(self.options)
 
     def steps(self, task: Task) -> int:
         """Descent steps: the option."""
@@ -60,7 +64,7 @@ class DistributionMatching:
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
         """Data and one network on the device."""
-        return descent.workspace(task, self.network)
+        return descent.workspace(task, self.network, self.options)
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
