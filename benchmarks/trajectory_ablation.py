@@ -29,8 +29,8 @@ from expert_buffers import ExpertBuffer
 
 HERE = Path(__file__).parent / "results"
 NETWORKS = 3
-INNER = {"steps": 20, "rate": 0.02}
-BASE: dict[str, Any] = {"lr": 100.0, "window": {"max": 3}}
+INNER = {"steps": 40, "rate": 0.02}
+BASE: dict[str, Any] = {"lr": 300.0, "window": {"max": 3}}
 DATM = {"labels": "learned", "start": "correct"}
 AST = {"middle": "equal", "balance": True, "perturb": 1.0, "start": "representative"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--experts", required=True)
     parser.add_argument("--ipc", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--train-steps", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", nargs="*", default=list(ROWS))

@@ -478,9 +478,6 @@ def test_fractions_of_a_step_are_refused(kind):
 
 
 def test_one_wild_gradient_moves_the_rate_by_no_more_than_a_factor_e(task):
-    matcher = matchers.make("trajectory", NET, **{**QUICK, "lr_rate": 1e6})
-    rng = Rng(5)
-    work, state = matcher.prepare(task, rng), matcher.init(task, rng)
-    after, _ = matcher.step(state, work, rng)
-    work.close()
-    assert abs(float(after.log_rate - state.log_rate)) == pytest.approx(1.0)
+    run = Run(make(lr_rate=1e6), task)
+    before = run.state.log_rate
+    assert abs(float(run.go().log_rate - before)) == pytest.approx(1.0)
