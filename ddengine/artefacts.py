@@ -121,7 +121,8 @@ def is_buffer(path: Path) -> bool:
 def _buffer_text(found: Mapping[str, Any]) -> str:
     epochs = " to ".join(dict.fromkeys(map(str, found["epochs"] or [0])))
     networks = ", ".join(describe(NetSpec(**network)) for network in found["networks"])
-    accuracy = "unknown" if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} %"
+    known = found["accuracy"] is not None
+    accuracy = f"{100 * found['accuracy']:.1f} % of fit images, last epochs" if known else "unknown"
     plain = {**ExpertRecipe().to_dict(), "precision": "fp32", "lr": None}
     recipe = ", ".join(f"{k} {v}" for k, v in found["recipe"].items() if k != "name" and v != plain.get(k))
     lines = [
@@ -130,6 +131,6 @@ def _buffer_text(found: Mapping[str, Any]) -> str:
         f"  bytes     {found['bytes']:,} as {found['encoding']}",
         f"  recipe    {found['recipe'].get('name', '?')}: {recipe}",
         f"  networks  {networks}",
-        f"  accuracy  {accuracy} of the images that it was taken on, last epochs",
+        f"  accuracy  {accuracy}",
     ]
     return "\n".join(map(one_line, lines))

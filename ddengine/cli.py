@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": ("", "distil the embedded digits and judge the result: under two minutes, no network"),
     "distill": ("", "distil a dataset; the same command resumes after an interruption"),
     "buffer": ("", "record expert trajectories; the same command goes on, or extends the buffer"),
+    "import": ("FILE ...", "make an expert buffer of other tools' replay_buffer_*.pt: --from replay_buffer"),
     "evaluate": ("PATH", "judge a distilled set or a run by the fair protocol"),
     "report": ("RUN ...", "show what runs made, their last evaluations and learning curves, also as a page"),
     "inspect": ("PATH", "show what is in a distilled set, a run or an expert buffer"),
@@ -51,13 +52,15 @@ KEYS = {
     "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast recipe.OPTION=VALUE count=N epochs=N "
     "max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
     f"seed=N out=DIR {PLACE} workers=N checkpoint.minutes=N",
+    "import": f"{DATASET} {NETWORK} encoding=delta16|fp32 out=DIR",
     "evaluate": f"{DATASET} {NETWORK} networks=[a,b] seeds=N seed=N rows=[random,full] recipe.steps=N "
     "recipe.lrs=[0.01,0.03] recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
     f"recipe.augment=auto|none|color_crop_flip {PLACE} workers=N out=DIR",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")
-VALUED = {"report": ("--html",)}  # flags of a command that take a value
+VALUED = {"report": {"--html": "FILE"}, "import": {"--from": "FORMAT"}}  # flags that take a value
+FORMATS = ("replay_buffer",)
 
 
 def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
@@ -130,12 +133,12 @@ def _run(given: list[str]) -> int:
     command, rest = given[0], given[1:]
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
-    known = VALUED.get(command, ())
+    known = VALUED.get(command, {})
     rest, values = _values(rest, known)
     flags = [word for word in rest if word.startswith("-")]
     for flag in flags:
         if flag not in FLAGS:
-            raise unknown("flag", flag, FLAGS + known)
+            raise unknown("flag", flag, (*FLAGS, *known))
     if "--help" in flags or "-h" in flags:
         _show(_help(command))
         return EXIT_DONE
@@ -145,7 +148,7 @@ def _run(given: list[str]) -> int:
     return _HANDLERS[command](words, "--json" in flags, **values)
 
 
-def _values(words: list[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _values(words: list[str], known: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """The words without the flags `known`, and these with their values: `--flag VALUE` or `--flag=VALUE`."""
     others, values, left = [], {}, list(words)
     while left:
@@ -156,7 +159,7 @@ def _values(words: list[str], known: Sequence[str]) -> tuple[list[str], dict[str
         if not joined and left and not left[0].startswith("-"):
             value = left.pop(0)
         if not value:
-            raise UsageError(f"{flag} names no file", f"Write: {flag} FILE")
+            raise UsageError(f"{flag} names no {known[flag].lower()}", f"Write: {flag} {known[flag]}")
         values[flag.removeprefix("--")] = value
     return others, values
 
@@ -180,7 +183,7 @@ def _overview() -> str:
 def _help(command: str) -> str:
     argument, text = COMMANDS[command]
     head = " ".join(filter(None, ("ddengine", command, argument)))
-    valued = "".join(f"{flag} FILE, " for flag in VALUED.get(command, ()))
+    valued = "".join(f"{flag} {kind}, " for flag, kind in VALUED.get(command, {}).items())
     parts = [head, f"{text[0].upper()}{text[1:]}.", f"Flags: --json (one object on stdout), {valued}--help"]
     if command in KEYS:
         keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
@@ -237,6 +240,26 @@ def _buffer(words: list[str], as_json: bool) -> int:
     config = composed("buffer", words)
     with Console() as console:
         found = recipes.run_buffer(config, console.watch()).summary()
+    _show(json.dumps(found) if as_json else artefacts.summary_text(found))
+    return EXIT_DONE
+
+
+def _import(words: list[str], as_json: bool, **flags: str) -> int:
+    from ddengine import artefacts, recipes
+    from ddengine.compose import composed
+    from ddengine.console import Console
+
+    paths = [Path(word) for word in words if "=" not in word]
+    if not paths or "from" not in flags:
+        lacking = "--from FORMAT" if paths else "one FILE or more"
+        raise UsageError(
+            f"import takes {lacking}", "Write: ddengine import FILE ... --from replay_buffer out=DIR"
+        )
+    if flags["from"] not in FORMATS:
+        raise unknown("format", flags["from"], FORMATS)
+    config = composed("import", [word for word in words if "=" in word])
+    with Console() as console:
+        found = recipes.run_import(paths, config, console.watch()).summary()
     _show(json.dumps(found) if as_json else artefacts.summary_text(found))
     return EXIT_DONE
 
@@ -336,6 +359,7 @@ _HANDLERS: dict[str, Callable[..., int]] = {
     "demo": _demo,
     "distill": _distill,
     "buffer": _buffer,
+    "import": _import,
     "evaluate": _evaluate,
     "report": _report,
     "inspect": _inspect,

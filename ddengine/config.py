@@ -110,6 +110,17 @@ class BufferConfig:
 
 
 @dataclass
+class ImportConfig:
+    """`ddengine import FILE ...`: what the networks in the files are, and what they were trained on."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    encoding: str = "delta16"
+    out: str = MISSING
+
+
+@dataclass
 class EvaluateConfig:
     """`ddengine evaluate PATH`; dataset and network default to what the set's manifest names."""
 
@@ -140,6 +151,7 @@ class DemoConfig:
 COMMANDS: dict[str, type] = {
     "distill": DistillConfig,
     "buffer": BufferConfig,
+    "import": ImportConfig,
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
 }

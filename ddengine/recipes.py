@@ -19,6 +19,7 @@ from ddengine.config import (
     DatasetConfig,
     DistillConfig,
     EvaluateConfig,
+    ImportConfig,
     NetworkConfig,
     RecipeConfig,
 )
@@ -29,7 +30,7 @@ from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
 from ddengine.types import Budget, Images, Matcher, Task, fingerprint
-from expert_buffers import record
+from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
 from synth import DistilledSet
@@ -192,6 +193,19 @@ def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
         progress=watch.bar(f"recording {config.dataset.name}"),
         notice=watch.notice,
         origin=_given(config.dataset),
+    )
+
+
+def run_import(paths: Sequence[Path], config: ImportConfig, watch: Watch) -> ExpertBuffer:
+    """`ddengine import`: other tools' replay buffers as an expert buffer for the dataset that is named."""
+    dataset = _load(config.dataset, watch)
+    return legacy.convert(
+        paths,
+        Path(config.out).expanduser(),
+        spec=dataset.fit.spec,
+        network=_spec(config.network),
+        origin=_given(config.dataset),
+        encoding=config.encoding,
     )
 
 

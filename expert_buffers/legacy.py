@@ -1,17 +1,18 @@
 """Import of released trajectories: the `replay_buffer_*.pt` files that MTT, FTD and DATM publish.
 
-A file is a list of experts, each a list of checkpoints, each a list of parameter tensors without names.
+A file is a list of experts, each a list of checkpoints, each a list of parameter tensors without names, in
+the order in which the released networks register their layers: that of their use.
 """
 
 import pickletools
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddengine import files
 from ddengine.errors import ArtefactError, UsageError, one_line, require
@@ -129,6 +130,31 @@ def _flatten(expert: Expert, number: int) -> Float[Tensor, "t p"]:
     return rows
 
 
+def order_of_use(net: nn.Module, shape: tuple[int, int, int]) -> ParamSpec:
+    """The parameters of `net` in the order in which a forward pass meets their layers, as released files
+    list them: a convolution is followed by its own norm.
+    """
+    names: list[str] = []
+
+    def note(prefix: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any) -> None:
+            names.extend(f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False))
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(f"{name}." if name else ""))
+        for name, module in net.named_modules()
+    ]
+    with torch.no_grad():
+        net(torch.zeros(2, *shape))
+    for hook in hooks:
+        hook.remove()
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    order = [*dict.fromkeys(names), *(name for name in shapes if name not in names)]
+    return ParamSpec(tuple(order), tuple(shapes[name] for name in order))
+
+
 def convert(
     paths: Sequence[Path],
     out: Path,
@@ -160,10 +186,11 @@ def convert(
     head = header(spec, [full], imported | dict(recipe or {}), 0, encoding, origin or {})
     (architecture,) = head["architectures"]
     manifest = open_for_writing(out, head)
-    number = 0
+    number, layout, used = 0, ParamSpec.of(net), order_of_use(net, spec.shape)
     for path in paths:
-        for rows in read_replay_buffer(path, ParamSpec.of(net)):
+        for found in read_replay_buffer(path, used):
             if str(number) not in manifest["experts"]:
+                rows = torch.stack([layout.flatten(used.unflatten(row)) for row in found])
                 entry = save_expert(out, number, architecture, _record(rows, encoding))
                 plan = {"count": number + 1, "epochs": len(rows) - 1}
                 manifest = commit(out, manifest, number, entry, plan)

@@ -225,12 +225,12 @@ class TrajectoryMatching:
         moving = {key: work.reduce(by_name[key]) for key in state.velocity}
         sizes = {key: value.norm() for key, value in moving.items()}
         finite = bool(torch.stack([found.miss, *sizes.values()]).isfinite().all())
+        sizes_said = {f"gradient_{key}": value for key, value in sizes.items()}
         metrics: Metrics = {
+            **({"loss": found.miss, **sizes_said} if finite else {}),
             "rate": state.log_rate.exp(), "epoch": segment.epoch, "expert": segment.expert,
             "distance": (segment.start - segment.targets[-1]).square().sum(),
         }  # fmt: skip
-        if finite:
-            metrics |= {"loss": found.miss, **{f"gradient_{key}": value for key, value in sizes.items()}}
         if not finite or (o.skip_above is not None and bool(found.miss > o.skip_above)):
             state = replace(state, step=state.step + 1, skipped=state.skipped + 1, in_row=state.in_row + 1)
             if state.in_row >= PATIENCE:

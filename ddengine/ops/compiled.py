@@ -5,8 +5,10 @@ can be, and one that takes both leaves nothing to be done outside. Shapes are st
 network and batch shape. It needs a C++ compiler on the CPU, Triton on a GPU.
 """
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +69,7 @@ def derivatives(
         return eager, None
     try:
         made = compiled(loss)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's own modules
+        with _quiet():
             with torch.no_grad():
                 first = made.first(theta, x, y)
             ours, theirs = (d.second(theta, theta, x, y, hessian) for d in (made, eager))
@@ -80,6 +81,19 @@ def derivatives(
     if wrong := [gap for gap in gaps if not gap <= TOLERANCE]:  # nan is wrong too
         return eager, f"not compiled, which is slower: the compiled derivative is off by {wrong[0]:.1e}"
     return made, None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the compiler's modules keep their warnings, of a missing CUDA for one, to themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

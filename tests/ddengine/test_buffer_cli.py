@@ -18,9 +18,9 @@ from ddengine.cli import main
 from ddengine.compose import composed
 from ddengine.config import BufferConfig
 from ddengine.errors import UsageError
-from ddengine.nets import NetSpec
+from ddengine.nets import NetSpec, build
 from ddengine.rng import Rng
-from expert_buffers import ExpertBuffer
+from expert_buffers import ExpertBuffer, legacy
 from expert_buffers.recipes import RECIPES, ExpertRecipe
 
 KILLS = int(os.environ.get("DDENGINE_FAULTS", "3"))
@@ -256,3 +256,52 @@ def test_a_recording_that_is_killed_again_and_again_ends_with_the_bits_of_a_stra
     assert contents(folder).keys() == contents(made).keys()
     assert contents(folder) == contents(made)
     assert not all(survived)
+
+
+def released(path, experts=2, checkpoints=4):
+    """A file as other tools write them: experts of a narrow network on the digits."""
+    made = []
+    for number in range(experts):
+        net = build(NetSpec("convnet", width=4, depth=2), (1, 8, 8), 10, Rng(number).torch("weights"))
+        order = legacy.order_of_use(net, (1, 8, 8)).names
+        rows = [[net.get_parameter(name).detach() + 0.01 * t for name in order] for t in range(checkpoints)]
+        made.append(rows)
+    torch.save(made, path)
+    return path
+
+
+IMPORT = ("--from", "replay_buffer", "dataset=digits", "network.width=4", "network.depth=2")
+
+
+def test_released_replay_buffers_become_a_buffer_that_matchers_take(call, tmp_path):
+    path = released(tmp_path / "replay_buffer_0.pt")
+    code, out, err = call("import", path, *IMPORT, "out=experts", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["experts"], found["epochs"], found["recipe"]["name"]) == (2, [3, 3], "imported")
+    code, out, _ = call("import", path, *IMPORT, "out=experts")
+    assert code == 0 and "  accuracy  unknown\n" in out
+    assert call("verify", "experts")[0] == 0
+    words = ["matcher.steps=1", "matcher.inner.steps=2", "matcher.compile=off"]
+    code, _, err = call("distill", "matcher=trajectory", "experts=experts", "ipc=1", *words, "out=run")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--from", "replay_buffer", "dataset=digits", "out=new"], 2, "one FILE or more"),
+        (["FILE", "dataset=digits", "out=new"], 2, "--from FORMAT"),
+        (["FILE", "--from"], 2, "--from names no format"),
+        (["FILE", "--from", "replay_bufer", "dataset=digits", "out=new"], 2, "unknown format 'replay_bufer'"),
+        (["FILE", *IMPORT], 2, "import needs out"),
+        (["FILE", *IMPORT, "out=new", "count=3"], 2, "unknown key 'count'"),
+        (["FILE", "--from", "replay_buffer", "dataset=digits", "out=new"], 3, "has shape"),
+        (["nothing.pt", *IMPORT, "out=new"], 3, "nothing.pt"),
+    ],
+)
+def test_an_import_that_cannot_be_is_refused_in_two_lines(words, code, said, call, tmp_path):
+    path = str(released(tmp_path / "replay_buffer_0.pt", experts=1, checkpoints=2))
+    found, out, err = call("import", *(path if word == "FILE" else word for word in words))
+    assert (found, out) == (code, "")
+    assert said in err and len(err.splitlines()) == 2 and "  fix: " in err

@@ -7,22 +7,56 @@ import zipfile
 
 import pytest
 import torch
+from torch import nn
 from toy_experts import BATCH, NET, SPEC, head, walk
 
 from ddengine.errors import ArtefactError, UsageError
 from ddengine.nets import build
 from ddengine.rng import Rng
 from expert_buffers import ExpertBuffer, ParamSpec, legacy
-from expert_buffers.legacy import convert, read_replay_buffer
+from expert_buffers.legacy import convert, order_of_use, read_replay_buffer
 from expert_buffers.store import open_for_writing, save_expert
 
-LAYOUT = ParamSpec.of(build(NET, SPEC.shape, 5, Rng(0).torch("weights")))
+NETWORK = build(NET, SPEC.shape, 5, Rng(0).torch("weights"))
+OURS = ParamSpec.of(NETWORK)
+LAYOUT = order_of_use(NETWORK, SPEC.shape)
 
 
 def released(seed, epochs=3):
-    """An expert as released: a list of checkpoints, each a list of tensors; and its rows [t p]."""
+    """An expert as released: a list of checkpoints, each a list of tensors; and its rows [t p] as ours."""
     rows = walk(NET, epochs, seed)[0]
-    return [[p.clone() for p in LAYOUT.unflatten(row).values()] for row in rows], rows
+    named = [OURS.unflatten(row) for row in rows]
+    return [[found[name].clone() for name in LAYOUT.names] for found in named], rows
+
+
+def as_released(rows):
+    return torch.stack([LAYOUT.flatten(OURS.unflatten(row)) for row in rows])
+
+
+def released_network():
+    """The network as its publications build it: one sequence of layers, then a linear one."""
+    layers = []
+    for channels, padding in ((1, 1), (3, 1)):
+        layers += [nn.Conv2d(channels, 3, 3, padding=padding), nn.GroupNorm(3, 3, affine=True)]
+        layers += [nn.ReLU(), nn.AvgPool2d(2, 2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 2 * 2, 5))
+
+
+def test_an_imported_expert_computes_what_the_released_network_does(tmp_path, path):
+    theirs, x = released_network(), torch.randn(7, *SPEC.shape, generator=torch.Generator().manual_seed(3))
+    steps, logits = [], []
+    for t in range(3):
+        with torch.no_grad():
+            for number, p in enumerate(theirs.parameters()):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + number)))
+            logits.append(theirs(x))
+        steps.append([p.detach().clone() for p in theirs.parameters()])
+    made = convert([saved(path, [steps])], tmp_path / "out", spec=SPEC, network=NET, encoding="fp32")
+    for t in range(3):
+        with torch.no_grad():
+            assert torch.allclose(made.build(0, t)(x), logits[t], atol=1e-5)
+    assert LAYOUT.names[:4] == ("convs.0.weight", "convs.0.bias", "norms.0.weight", "norms.0.bias")
+    assert sorted(LAYOUT.names) == sorted(OURS.names) and LAYOUT.names != OURS.names
 
 
 def saved(path, content, **options):
@@ -45,14 +79,15 @@ def test_experts_are_read_in_order_with_all_their_checkpoints(path):
     experts = [released(seed, epochs) for seed, epochs in ((0, 3), (1, 1), (2, 5))]
     found = read_replay_buffer(saved(path, [expert for expert, _ in experts]), LAYOUT)
     assert [len(rows) for rows in found] == [4, 2, 6]
-    assert all(torch.equal(rows, exact) for rows, (_, exact) in zip(found, experts, strict=True))
+    pairs = zip(found, experts, strict=True)
+    assert all(torch.equal(rows, as_released(exact)) for rows, (_, exact) in pairs)
 
 
 def test_rows_do_not_depend_on_the_file_once_read(path):
     expert, rows = released(0)
     (found,) = read_replay_buffer(saved(path, [expert]), LAYOUT)
     path.write_bytes(bytes(path.stat().st_size))
-    assert torch.equal(found, rows)
+    assert torch.equal(found, as_released(rows))
 
 
 class Attack:
@@ -203,7 +238,7 @@ def test_storage_beyond_the_file_is_never_read(path):
     except ArtefactError as error:
         assert str(path) in error.cause
     else:
-        assert torch.equal(rows, released(0)[1])
+        assert torch.equal(rows, as_released(released(0)[1]))
 
 
 def test_flipped_bits_never_do_more_than_raise_an_artefact_error(path):
