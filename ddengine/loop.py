@@ -115,7 +115,10 @@ def _silent(text: str) -> None:
 def check_fit(task: Task, matcher: Matcher[Any]) -> None:
     """Refuse a task whose budget or experts do not fit the matcher (UsageError)."""
     if matcher.accepts.experts and task.experts is None:
-        raise UsageError("this matcher learns from experts and was given none", "Give experts=DIR")
+        raise UsageError(
+            "this matcher learns from experts and was given none",
+            "Give experts=DIR, a folder that `ddengine buffer` recorded",
+        )
     ipc = task.ipc
     smallest = min(range(len(task.source.counts)), key=task.source.counts.__getitem__)
     if ipc > task.source.counts[smallest]:
