@@ -38,6 +38,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "start: k-means": ("kmeans", {}),
     "MTT (adjoint)": ("trajectory", {}),
     "MTT with TESLA's gradient": ("trajectory", {"gradient": "tesla"}),
+    "MTT from images that experts get right": ("trajectory", {"start": "correct"}),
+    "MTT from representative images": ("trajectory", {"start": "representative"}),
     "MTT from k-means": ("trajectory", {"start": "kmeans"}),
     "+ fixed soft labels (experts')": ("trajectory", {**DATM, "labels": "soft"}),
     "+ learned soft labels (DATM)": ("trajectory", DATM),
@@ -75,7 +77,7 @@ def run(shared: Shared, name: str) -> dict[str, Any]:
     result = loop.distill(
         task,
         matchers.make(kind, buffer.network(0), **options),
-        progress=lambda step, steps, values: losses.append(values.get("loss", float("nan"))),
+        progress=lambda step, steps, values: losses.append(values["loss"]) if "loss" in values else None,
     )
     seconds = time.monotonic() - began
     learned = judge.learned_rate(result.distilled)
@@ -108,15 +110,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS))
     parser.add_argument("--out", type=Path, default=HERE / "trajectory_ablation.jsonl")
     given = parser.parse_args()
-    done = {record["row"] for record in files.read_json_lines(given.out)}
+    made = {"steps": given.steps, "ipc": given.ipc, "experts": ExpertBuffer(given.experts).digest[:12]}
+    records = files.read_json_lines(given.out)
+    done = {record["row"] for record in records if made.items() <= record.items()}
     todo = [name for name in given.rows if name not in done]
     dataset = data.load("fashion_mnist", root=given.root)
     recipe = Recipe(steps=given.train_steps, lrs=(0.003, 0.01, 0.03))
     shared = Shared(dataset, given.experts, given.ipc, given.steps, recipe)
     with job_pool(run, shared, given.workers) as results:
         for record in results(todo):
-            made = {"steps": given.steps, "ipc": given.ipc, "torch": torch.__version__}
-            files.append_json_line(given.out, {**record, **made})
+            files.append_json_line(given.out, {**record, **made, "torch": torch.__version__})
             print(json.dumps(record), flush=True)
 
 

@@ -67,7 +67,7 @@ def outer_step(method: str, steps: int, width: int, compiled: bool) -> tuple[Cal
     target = theta + 0.01 * torch.randn(theta.shape, generator=Rng(0).torch("target"))
     distance, rate = (theta - target).square().sum(), torch.tensor(RATE)
     began = time.perf_counter()
-    made, reason = derivatives(loss, compiled, theta, x, y, method == "adjoint")
+    made, reason = derivatives(loss, compiled, theta, x, y, method)
     if reason is not None:
         sys.exit(reason)
 

@@ -49,8 +49,12 @@ def expert_values(words: Sequence[str]) -> dict[str, Any]:
     path = typed.get("experts", "").strip("'\"")
     if "row" in typed or path in ("", "null"):
         return {}
-    manifest = ExpertBuffer(Path(path).expanduser()).manifest
+    buffer = ExpertBuffer(Path(path).expanduser())
+    manifest, hints = buffer.manifest, get_type_hints(DatasetConfig)
     dataset, network = manifest["origin"], manifest["networks"][0]
+    for key, value in dataset.items():
+        if key not in hints or not isinstance(value, hints[key]):
+            raise ArtefactError(f"the manifest of {buffer.root} has origin.{key}={value}", "Record it again")
     values = {"dataset": dataset.get("name", manifest["dataset"]["name"])}
     values |= {f"dataset.{key}": value for key, value in dataset.items() if key != "name"}
     values["network"] = network["name"]

@@ -46,8 +46,7 @@ DATASET = (
 NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
 PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
 KEYS = {
-    "distill": f"{DATASET} matcher=NAME matcher.steps=N matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
-    "experts=DIR "
+    "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N experts=DIR "
     f"seed=N out=DIR {PLACE} deterministic=true|false checkpoint.steps=N checkpoint.minutes=N row=NAME",
     "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast recipe.OPTION=VALUE count=N epochs=N "
     "max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
@@ -140,7 +139,8 @@ def _run(given: list[str]) -> int:
         if flag not in FLAGS:
             raise unknown("flag", flag, (*FLAGS, *known))
     if "--help" in flags or "-h" in flags:
-        _show(_help(command))
+        chosen = [word.partition("=")[2] for word in rest if word.startswith("matcher=")]
+        _show(_help(command) + (_options(chosen[-1]) if chosen and command == "distill" else ""))
         return EXIT_DONE
     words = [word for word in rest if not word.startswith("-")]
     if origins.SiblingFinder not in sys.meta_path:
@@ -188,7 +188,25 @@ def _help(command: str) -> str:
     if command in KEYS:
         keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
         parts.insert(2, "\n  ".join(["Keys:", *keys]))
+    if command == "distill":
+        parts.append("The options of a matcher: ddengine distill matcher=NAME --help")
     return "\n\n".join(parts)
+
+
+def _options(name: str) -> str:
+    """The options of a matcher with their defaults, and the head of its documentation."""
+    from dataclasses import is_dataclass
+
+    import matchers
+
+    def lines(options: Any, path: str) -> Iterator[str]:
+        for key in options.__dataclass_fields__:
+            value = getattr(options, key)
+            said = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            yield from lines(value, f"{path}{key}.") if is_dataclass(value) else [f"  {path}{key}={said}"]
+
+    options = matchers.find(name).options
+    return "\n\n".join(["", f"Options of {name} with their defaults:", "\n".join(lines(options, "matcher."))])
 
 
 def _split(command: str, words: list[str]) -> tuple[Path, list[str]]:

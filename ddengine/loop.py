@@ -74,7 +74,7 @@ def distill(
             return Result(finished, folder, matcher.steps(task), seconds, matcher.steps(task))
     state, extra, resumed = _start(task, matcher, rng, folder, notice)
     work = matcher.prepare(task, rng)
-    for note in work.notes:
+    for note in (*work.notes, *_expert_notes(task, matcher)):
         (notice or _silent)(note)
     try:
         run = _Run(folder, schedule, matcher.steps(task), time.monotonic() - float(extra.get("seconds", 0.0)))
@@ -108,6 +108,13 @@ class _Run:
     began: float
 
 
+def _expert_notes(task: Task, matcher: Matcher[Any]) -> tuple[str, ...]:
+    if task.experts is None:
+        return ()
+    unused = "note: this matcher uses no experts; the pixel matchers do with matcher.networks=buffer"
+    return task.experts.notes if matcher.accepts.experts else (unused,)
+
+
 def _silent(text: str) -> None:
     pass
 
@@ -119,6 +126,8 @@ def check_fit(task: Task, matcher: Matcher[Any]) -> None:
             "this matcher learns from experts and was given none",
             "Give experts=DIR, a folder that `ddengine buffer` recorded",
         )
+    if task.precision == "bf16" and not matcher.accepts.bf16:
+        raise UsageError("this matcher computes in float32, precision=bf16 was given", "Give precision=fp32")
     ipc = task.ipc
     smallest = min(range(len(task.source.counts)), key=task.source.counts.__getitem__)
     if ipc > task.source.counts[smallest]:
@@ -143,7 +152,7 @@ def run_identity(task: Task, matcher: Matcher[Any], seed: int) -> dict[str, Any]
         },
         "precision": task.precision,
         "seed": seed,
-        **({} if task.experts is None else {"experts": task.experts.digest}),
+        **({"experts": task.experts.identity} if matcher.accepts.experts else {}),
     }
 
 

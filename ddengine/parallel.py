@@ -87,7 +87,7 @@ def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True)
         ) from error
     except BaseException:
         for child in set(active_children()).difference(others):
-            child.terminate()
+            child.kill()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -117,10 +117,10 @@ def _here(work: Work, shared: Any, jobs: Sequence[Any]) -> Iterator[Any]:
 
 
 def _submitted(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> list[Future]:
-    """Futures of the jobs. SIGINT waits while processes start, and they inherit that they never get it: a
+    """Futures of the jobs. Signals wait while processes start, and they inherit that they never get them: a
     Ctrl-C goes to the whole group, and one in the middle of its imports would die of it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return [pool.submit(_run, job) for job in jobs]
     finally:
@@ -133,9 +133,9 @@ def _collect(futures: Sequence[Future], ordered: bool) -> Iterator[Any]:
 
 
 def _start(work: Any, shared: Any) -> None:
-    """What a worker does first: leave Ctrl-C to its parent, end with its parent, keep what all jobs share."""
+    """What a worker does first: leave signals to its parent, end with it, keep what all jobs share."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a signal to the whole group reaches the parent too
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _given[:] = [work, shared]

@@ -148,7 +148,7 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     budget = Budget(config.ipc, config.budget.nbytes)
     folder = Path(config.out or _default_out(config)).expanduser()
     where = _device(config.device)
-    precision = _precision(config.precision, where)
+    precision = _precision(config.precision, where, algorithm.accepts.bf16)
     schedule = _schedule(config.checkpoint)
     experts = ExpertBuffer(Path(config.experts).expanduser()) if config.experts else None
     dataset = _load(config.dataset, watch)
@@ -200,7 +200,7 @@ def run_import(paths: Sequence[Path], config: ImportConfig, watch: Watch) -> Exp
     """`ddengine import`: other tools' replay buffers as an expert buffer for the dataset that is named."""
     dataset = _load(config.dataset, watch)
     return legacy.convert(
-        paths,
+        [path.resolve() for path in paths],
         Path(config.out).expanduser(),
         spec=dataset.fit.spec,
         network=_spec(config.network),
@@ -321,8 +321,8 @@ def _schedule(config: CheckpointConfig) -> loop.Schedule:
     return loop.Schedule(config.steps, config.minutes)
 
 
-def _precision(name: str, device: torch.device) -> str:
+def _precision(name: str, device: torch.device, bf16: bool = True) -> str:
     require(name, ("auto", "fp32", "bf16"), "precision")
     if name == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        return "bf16" if device.type == "cuda" and bf16 else "fp32"
     return name

@@ -66,7 +66,7 @@ def settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("options", _pairs({**options, **(matcher.get("options") or {})})),
         ("network", _pairs(network)),
         ("budget", _pairs(identity["budget"])),
-        ("experts", identity.get("experts", "")),
+        ("experts", _pairs(identity.get("experts"))),
         ("seed", f"{identity.get('seed', '?')}, precision {identity.get('precision', '?')}"),
         *([] if made is None else _costs(made)),
     ]

@@ -16,6 +16,7 @@ from synth import DistilledSet
 
 Record = dict[str, Any]
 Check = Callable[[Any], bool]
+NO_METRICS = ("step", "seconds", "expert", "epoch")
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def _identity(path: Path) -> Record:
 
 
 def _curves(path: Path) -> dict[str, list[tuple[int, float | int]]]:
-    """The metrics of a log; `seconds` is a cost and no metric."""
+    """The metrics of a log; seconds are a cost, and which expert and epoch a step drew is no measure."""
     curves: dict[str, list[tuple[int, float | int]]] = {}
     for number, record in enumerate(files.read_json_lines(path), 1):
-        step, values = record.get("step"), {k: v for k, v in record.items() if k not in ("step", "seconds")}
+        step, values = record.get("step"), {k: v for k, v in record.items() if k not in NO_METRICS}
         if type(step) is not int or not all(map(_number, values.values())):
             raise ArtefactError(f"{path}, line {number} is damaged", "Remove that line")
         for metric, value in values.items():

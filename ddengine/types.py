@@ -250,6 +250,7 @@ class Accepts:
     source: str = "images"
     experts: bool = False
     batch_norm: bool = False
+    bf16: bool = True
 
 
 S = TypeVar("S")

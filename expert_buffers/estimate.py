@@ -19,6 +19,7 @@ from expert_buffers.training import ExpertJob, Session, initial_state, train_epo
 TIMED = 2  # steps, after one that warms up
 LIBRARIES = 600 << 20  # resident bytes of a process that has imported torch and computed a step: measured
 WORKING = 1.5  # peak over saved bytes of a step, for gradients and the workspaces of convolutions: measured
+COPIES = 3  # of an expert's rows: old, new, and the bytes of a file as it is written
 VECTORS = 6  # weights, gradient, velocity, direction, climb, last row: each as large as the weights
 
 
@@ -40,15 +41,14 @@ def estimate(session: Session, jobs: Sequence[ExpertJob], workers: int) -> Estim
     with one_thread():
         costs = {network: step_cost(session, network) for network in networks}
     steps = {job: epochs_left(session, job) * steps_per_epoch(session) for job in jobs}
-    seconds = sum(steps[job] * costs[session.network(job.number)][0] for job in jobs)
+    each = [steps[job] * costs[session.network(job.number)][0] for job in jobs]
+    seconds = max(sum(each) / workers, math.ceil(len(each) / workers) * sum(each) / len(each))
     files = [expert_bytes(session, job.number, job.epochs) for job in jobs]
     grown = sum(files) - sum(expert_bytes(session, job.number, recorded(session, job)) for job in jobs)
-    held = max(cost[1] for cost in costs.values()) + max(files)
+    held = max(cost[1] for cost in costs.values()) + COPIES * max(files)
     libraries = 0 if session.device.startswith("cuda") else LIBRARIES
     source = session.source.x.numel() * session.source.x.itemsize
-    return Estimate(
-        seconds / workers, source + workers * (libraries + held), grown, grown + workers * max(files)
-    )
+    return Estimate(seconds, source + workers * (libraries + held), grown, grown + workers * max(files))
 
 
 def step_cost(session: Session, network: NetSpec) -> tuple[float, int]:

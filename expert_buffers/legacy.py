@@ -29,6 +29,7 @@ LIMIT = 8 << 30  # bytes of a file; ten experts of CIFAR-10 have 0.65 GB
 MEMBERS, PICKLE = 1 << 18, 64 << 20  # tensors in a file; bytes of the pickle that lists them
 REMEDY = "Give a replay_buffer_*.pt of this network, fetched again from where it was published"
 ALLOWED = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+SAW = "the whole train split, as far as is known: validation images may be among it"
 Expert = list[list[Tensor]]
 
 
@@ -167,10 +168,11 @@ def convert(
 ) -> ExpertBuffer:
     """Write the experts of released files, in their order, as an expert buffer in `out`, and open it.
 
-    `spec` and `network` are what they were trained on; the files say neither. Losses, accuracies and
-    optimiser states are not in them either, so the buffer cannot be continued. The same call goes on where
-    it was cut off. Raises as `read_replay_buffer` and `open_for_writing` do, and UsageError for networks with
-    batch norm, whose statistics were not released.
+    `spec` and `network` are what they were trained on; the files say neither. Released experts saw the whole
+    train split, of which `spec` is the fit part, and their own whitening: the manifest says so as `saw`.
+    Losses, accuracies and optimiser states are not in them, so the buffer cannot be continued. The same call
+    goes on where it was cut off. Raises as `read_replay_buffer` and `open_for_writing` do, and UsageError for
+    networks with batch norm, whose statistics were not released.
     """
     require(encoding, ENCODINGS, "encoding")
     full = resolve(network, spec.shape)
@@ -182,7 +184,7 @@ def convert(
     for path in paths:
         require_regular(path)
     sums = [files.sha256(path) for path in paths]
-    imported = {"name": "imported", "files": [path.name for path in paths], "sha256": sums}
+    imported = {"name": "imported", "files": [path.name for path in paths], "sha256": sums, "saw": SAW}
     head = header(spec, [full], imported | dict(recipe or {}), 0, encoding, origin or {})
     (architecture,) = head["architectures"]
     manifest = open_for_writing(out, head)

@@ -69,7 +69,11 @@ def record(
     require(encoding, ENCODINGS, "encoding")
     require(precision, PRECISIONS, "precision")
     plan = _Plan(count, horizon, expert_epochs, full_experts, chosen.epochs)
-    specs, place, source = _networks(networks, source, count), _place(device), _known(source)
+    specs, place, source = (
+        _networks(networks, source, count),
+        _place(device),
+        _known(source.sorted_by_class()),
+    )
     head = header(source.spec, specs, chosen.to_dict() | {"precision": precision}, seed, encoding, origin)
     root = Path(out).expanduser()
     manifest = open_for_writing(root, head)
@@ -228,6 +232,7 @@ def _run(
     """Do the jobs, committing each expert when it is done; Interrupted when a signal came before the last."""
     manifest = write_manifest(session.root, {**session.manifest, "plan": plan.to_dict()})
     left, total = len(jobs), sum(map(plan.target, range(plan.count)))
+    failed: DDError | None = None
     if workers > 1:
         _share(session)
     with (
@@ -236,10 +241,14 @@ def _run(
         job_pool(run_expert, session, workers, ordered=False) as results,
     ):
         for number, entry in results(jobs):
-            if entry is not None:
+            if isinstance(entry, DDError):
+                failed = failed or entry
+            elif entry is not None:
                 manifest = commit(session.root, manifest, number, entry, plan.to_dict())
                 partial_path(session.root, number).unlink(missing_ok=True)
                 left -= 1
+    if failed is not None:
+        raise failed
     if left:
         raise Interrupted(
             f"stopped by {signal.Signals(caught[0]).name} after {int(session.done.sum())} of {total} epochs, "

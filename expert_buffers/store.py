@@ -79,6 +79,19 @@ class ExpertBuffer:
         experts = {number: entry["sha256"] for number, entry in self.manifest["experts"].items()}
         return hashlib.sha256(compact([identity, experts])).hexdigest()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of these experts should know."""
+        saw = self.manifest["recipe"].get("saw")
+        return (f"note: the experts of {self.root} saw {saw}",) if saw else ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The content of the buffer as plain JSON: numbers of experts and checkpoints, recipe, digest."""
+        checkpoints = sum(entry["checkpoints"] for entry in self._entries)
+        recipe = self.manifest["recipe"].get("name")
+        return {"count": len(self), "checkpoints": checkpoints, "recipe": recipe, "digest": self.digest}
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -192,17 +192,19 @@ class ExpertJob:
     epochs: int
 
 
-def run_expert(shared: Session, job: ExpertJob) -> tuple[int, dict[str, Any] | None]:
+def run_expert(shared: Session, job: ExpertJob) -> tuple[int, dict[str, Any] | DDError | None]:
     """Train or continue one expert and write its file: its number and entry, or None when it was stopped.
 
-    The epochs done so far are kept in a partial file every `save_minutes`, and when it is stopped.
+    The epochs done so far are kept in a partial file every `save_minutes`, and when it is stopped. An expert
+    that cannot be trained gives its error, and stops the others, which keep what they have.
     """
     try:
         recording = _trained(shared, job)
     except DDError as error:
         if isinstance(error, ArtefactError):
             raise
-        raise type(error)(f"expert {job.number}: {error.cause}", error.remedy) from error
+        shared.stop.fill_(1)
+        return job.number, type(error)(f"expert {job.number}: {error.cause}", error.remedy)
     if recording is None:
         return job.number, None
     architecture = shared.architectures[job.number % len(shared.architectures)]

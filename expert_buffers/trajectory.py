@@ -223,5 +223,5 @@ def _require_finite(row: int, *tensors: Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise DDError(
             f"expert diverged: its state after epoch {row} is not finite",
-            "Lower recipe.lr, or leave out this seed",
+            "Lower recipe.lr, and give another out=DIR",
         )

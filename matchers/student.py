@@ -29,13 +29,13 @@ MIDDLES = ("off", "equal", "adaptive")
 
 @dataclass(frozen=True)
 class InnerOptions:
-    """How a student trains on the synthetic set: `steps` (T) of SGD at a learned rate from `rate` on.
+    """How a student trains on the synthetic set: `steps` (T) of SGD at a learned rate, `rate` at first.
 
     `batch` images a step, None the whole set. `backend` "higher" runs the unroll in that library instead, a
     second implementation to check ours with.
     """
 
-    steps: int = 30
+    steps: int = 20
     rate: float | int = 0.01
     momentum: float | int = 0.0
     weight_decay: float | int = 0.0
@@ -96,7 +96,11 @@ def without_running_statistics(net: nn.Module) -> nn.Module:
 
 
 def batches(rng: Rng, images: int, batch: int | None, steps: int) -> list[Int[Tensor, " b"]]:
-    """Index sets of the steps: all images each time, or reshuffled passes over the set cut into batches."""
+    """Index sets of the steps: all images each time, or reshuffled passes over the set cut into batches.
+
+    Passes lie end to end, so that all batches are of one size, where MTT ends each pass with a short one; a
+    batch across two passes may hold an image twice.
+    """
     if batch is None or batch >= images:
         return [torch.arange(images)] * steps
     passes = range(math.ceil(steps * batch / images))

@@ -60,6 +60,8 @@ def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
     firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
     chosen: list[list[int]] = [[] for _ in counts]
     for place in order:
+        if all(len(found) == task.ipc for found in chosen):
+            break
         net = teacher(task.experts, numbers[place], None, task.device)
         for c, n in enumerate(counts):
             shuffled = firsts[c] + torch.randperm(n, generator=rng.fold("class", c, place).torch("order"))

@@ -13,7 +13,9 @@ Published, CIFAR-10, ConvNet-3 of width 128, 1 / 10 / 50 images per class: 46.2 
 """
 
 import math
-import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -22,29 +24,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddengine.errors import DDError, UsageError, require, require_positive
+from ddengine.errors import DDError, UsageError
 from ddengine.nets import build, resolve
 from ddengine.nets.core import NetSpec
 from ddengine.ops import dsa
-from ddengine.ops.compiled import derivatives
-from ddengine.ops.unroll import GRADIENTS, Gradients, Inner, Method, unroll
+from ddengine.ops.compiled import Compiled, derivatives
+from ddengine.ops.unroll import GRADIENTS, Derivatives, Gradients, Inner, Method, unroll
 from ddengine.rng import Rng
-from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace, label_bytes
 from expert_buffers.params import ParamSpec
-from expert_buffers.segment import ORDERS, Plan, Prefetch, Segment, Window
+from expert_buffers.segment import Plan, Prefetch, Segment
 from matchers import descent, student, teachers
 from matchers.descent import scheduled
 from matchers.student import InnerOptions
+from matchers.trajectory_options import TrajectoryOptions, compiles, has_compiler, is_long
 from synth import Pixels
-from synth.pixels import CODECS
-from synth.starts import STARTS
 
 __all__ = ["InnerOptions", "TrajectoryMatching", "TrajectoryOptions", "trajectory_loss", "unroll"]
 
-LABELS = ("hard", "soft", "learned", "target")
-SWITCH = ("auto", "on", "off")
-PAYS_FROM = 20_000  # student steps in all: compiling costs a minute of CPU and halves the time of a step
 NORMS = 32  # gradient norms remembered for clipping
+RATE_BYTES = 4  # a float32 beside the images
 PATIENCE = 100  # skipped steps in a row that end a run
 
 
@@ -65,87 +64,12 @@ def trajectory_loss(
 
 
 @dataclass(frozen=True)
-class TrajectoryOptions:
-    """Options of the `trajectory` matcher. Defaults are MTT's; what DATM, AST, FTD and TESLA add is off.
-
-    `lr`, `lr_labels`, `lr_rate` are the rates of pixels, label logits and the student's rate, each with its
-    momentum. `labels`: class numbers, logits of the experts (fixed: "soft", free: "learned"), or TESLA's
-    "target", assigned anew from each segment's target. `skip_above` leaves a step out whose loss is larger;
-    `clip` bounds gradient norms by so many times their running median (0: no bound). `middle`, `balance`,
-    `perturb` are AST's terms, `ema` is FTD's average of the set.
-    """
-
-    steps: int = 5000
-    gradient: str = "adjoint"
-    lr: float | int = 100.0
-    momentum: float | int = 0.5
-    schedule: str = "constant"
-    lr_rate: float | int = 1e-5
-    labels: str = "hard"
-    lr_labels: float | int = 2.0
-    labels_momentum: float | int = 0.9
-    start: str = "real"
-    augment: str = "auto"
-    expert_epochs: int = 2
-    order: str = "uniform"
-    window: Window = Window()
-    inner: InnerOptions = InnerOptions()
-    skip_above: float | int | None = None
-    clip: float | int = 10.0
-    middle: str = "off"
-    balance: bool = False
-    perturb: float | int = 0.0
-    ema: float | int = 0.0
-    compile: str = "auto"
-    codec: str = "uint8"
-
-    def __post_init__(self) -> None:
-        for key in (
-            "steps",
-            "expert_epochs",
-            "lr",
-            "lr_labels",
-            *(["skip_above"] if self.skip_above is not None else []),
-        ):
-            require_positive(f"matcher.{key}", getattr(self, key))
-        for key in ("steps", "expert_epochs"):
-            if not isinstance(getattr(self, key), int):
-                raise UsageError(
-                    f"matcher.{key}={getattr(self, key)} is not a whole number", "Give a whole number"
-                )
-        for key in ("lr_rate", "clip", "perturb", "momentum", "labels_momentum"):
-            require_positive(f"matcher.{key}", getattr(self, key), zero=True)
-        for key in ("momentum", "labels_momentum", "ema"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UsageError(f"matcher.{key}={getattr(self, key)} is out of range", "Give 0 <= value < 1")
-        allowed = {
-            "gradient": GRADIENTS, "labels": LABELS, "start": (*STARTS, *teachers.EXPERT_STARTS),
-            "schedule": descent.SCHEDULES, "order": ORDERS, "middle": student.MIDDLES, "compile": SWITCH,
-            "codec": CODECS,
-        }  # fmt: skip
-        for key, values in allowed.items():
-            require(getattr(self, key), values, f"matcher.{key}")
-        if self.inner.backend == "higher" and self.gradient != "unroll":
-            raise UsageError(
-                f"matcher.inner.backend=higher with matcher.gradient={self.gradient}",
-                "Give matcher.gradient=unroll: higher keeps the graph of all steps",
-            )
-        if self.middle != "off" and self.inner.steps < self.expert_epochs:
-            raise UsageError(
-                f"matcher.middle={self.middle} with {self.inner.steps} steps for {self.expert_epochs} epochs",
-                f"Give matcher.inner.steps of at least {self.expert_epochs}",
-            )
-        if self.augment != "auto":
-            dsa.parse(self.augment)
-
-
-@dataclass(frozen=True)
 class TrajectoryState:
     """A synthetic set on its way, the logarithm of the student's rate, and what its descent remembers.
 
     `velocity` and `norms` (the last gradient norms, 0: none yet) have an entry for each free tensor and for
     "rate"; `average` is empty without `ema`. `skipped` counts steps left out, `in_row` those since the last
-    that counted.
+    that counted; `compiled` says how the steps so far were computed.
     """
 
     step: int
@@ -156,6 +80,7 @@ class TrajectoryState:
     average: dict[str, Tensor]
     skipped: int = 0
     in_row: int = 0
+    compiled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +90,7 @@ class TrajectoryMatching:
     options: TrajectoryOptions = TrajectoryOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", experts=True, batch_norm=True)
+    accepts: ClassVar[Accepts] = Accepts(source="images", experts=True, batch_norm=True, bf16=False)
 
     def steps(self, task: Task) -> int:
         """Outer iterations: the option."""
@@ -174,14 +99,13 @@ class TrajectoryMatching:
     def prepare(self, task: Task, rng: Rng) -> Workspace:
         """The student's network and derivatives, and segments that are read ahead."""
         o, spec = self.options, task.source.spec
-        network = descent.checked(task, self.network)
-        plan = Plan.of(task.experts, rng.fold("segments"), o.window, o.expert_epochs, o.order, network)
+        network, plan = self._plan(task, rng)
         fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
         net = student.without_running_statistics(fresh.to(task.device).requires_grad_(False))
         layout = ParamSpec.of(net)
         probe = student.probe(net, layout, task, o.inner.batch, o.labels != "hard")
         loss = student.student_loss(net, layout)
-        made, reason = derivatives(loss, _compiles(o, task.device), *probe, o.gradient == "adjoint")
+        made, *notes = derivatives(loss, compiles(o, task.device), *probe, o.gradient)
         method: Method = GRADIENTS[o.gradient]
         if o.inner.backend == "higher":
             method = partial(student.higher_gradient, net, layout)
@@ -192,13 +116,24 @@ class TrajectoryMatching:
         if o.labels == "target":
             fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
             extra["teacher"] = fresh.to(task.device).requires_grad_(False).eval()
-        return Workspace(task, task.source, extra, () if reason is None else (reason,))
+        if o.compile == "auto" and is_long(o) and not has_compiler(task.device):
+            notes.append("not compiled, which is slower: there is no C++ compiler")
+        if is_long(o):
+            notes.append(_estimate(o, made, probe))
+        return Workspace(task, task.source, extra, tuple(note for note in notes if note))
+
+    def _plan(self, task: Task, rng: Rng) -> tuple[NetSpec, Plan]:
+        """The resolved network and the segments, after the buffer was found to fit both (UsageError)."""
+        o, network = self.options, descent.checked(task, self.network)
+        return network, Plan.of(
+            task.experts, rng.fold("segments"), o.window, o.expert_epochs, o.order, network
+        )
 
     def init(self, task: Task, rng: Rng) -> TrajectoryState:
         """Images at the chosen start, their labels, the student's rate, all at rest."""
         o, spec = self.options, task.source.spec
         _require_ipc(task, o)
-        network = descent.checked(task, self.network)
+        network, _ = self._plan(task, rng)
         images = teachers.start(task, network, o.start, rng.fold("start")).to(task.device)
         y = torch.arange(len(spec.classes), device=task.device).repeat_interleave(task.ipc)
         synth = Pixels(images, y, spec, codec=o.codec)
@@ -217,8 +152,10 @@ class TrajectoryMatching:
     def step(self, state: TrajectoryState, work: Workspace, rng: Rng) -> tuple[TrajectoryState, Metrics]:
         """One segment, one student, one descent; none where the loss is not finite or above `skip_above`."""
         o = self.options
+        state = _as_before(state, isinstance(work.extra["derivatives"], Compiled))
         segment: Segment = work.extra["prefetch"].get(state.step)
-        found = self.gradients(state, work, segment, rng.fold("step", state.step))
+        with float32(work.task.device):
+            found = self.gradients(state, work, segment, rng.fold("step", state.step))
         by_name = {"images": found.images, "rate": found.rate * state.log_rate.exp()}
         if found.labels is not None:
             by_name["labels"] = found.labels
@@ -256,7 +193,7 @@ class TrajectoryMatching:
         index = student.batches(rng.fold("batches"), len(images), o.inner.batch, o.inner.steps)
         strategy = dsa.strategy_for(spec.name) if o.augment == "auto" else o.augment
         plan: Plan = work.extra["plan"]
-        middle = plan.window.upper(state.step, plan.limit) // 2
+        middle = min(o.window.max or plan.limit, plan.limit) // 2
         inner = Inner(
             work.extra["derivatives"],
             [i.to(images.x.device) for i in index],
@@ -290,9 +227,10 @@ class TrajectoryMatching:
         log_rate = moved.pop("rate")
         synth = state.synth.replace(moved)
         average = {k: o.ema * v + (1 - o.ema) * synth.params()[k] for k, v in state.average.items()}
-        return TrajectoryState(
-            state.step + 1, synth, log_rate, velocity, norms, average, state.skipped, in_row=0
-        )
+        return replace(
+            state, step=state.step + 1, synth=synth, log_rate=log_rate, velocity=velocity, norms=norms,
+            average=average, in_row=0,
+        )  # fmt: skip
 
     def finish(self, state: TrajectoryState, work: Workspace, rng: Rng) -> SynthSet:
         """The set, or its running average, with the student's rate; "target" labels are assigned again."""
@@ -319,7 +257,17 @@ def clip_factor(size: Float[Tensor, ""], before: Float[Tensor, " n"], clip: floa
 
 
 def _require_ipc(task: Task, o: TrajectoryOptions) -> None:
-    """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft."""
+    """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft, and
+    one that has no room for the student's rate.
+    """
+    c, h, w = task.source.spec.shape
+    classes = len(task.source.spec.classes)
+    needed = task.ipc * classes * (c * h * w + 8 * c + label_bytes(classes)) + RATE_BYTES
+    if task.budget.nbytes is not None and needed > task.budget.nbytes:
+        raise UsageError(
+            f"budget.nbytes={task.budget.nbytes} leaves no room for the student's rate",
+            f"Give budget.nbytes={needed}",
+        )
     if task.budget.nbytes is not None and o.labels != "hard":
         raise UsageError(
             f"budget.nbytes={task.budget.nbytes} with matcher.labels={o.labels}: bytes are for hard labels",
@@ -327,9 +275,37 @@ def _require_ipc(task: Task, o: TrajectoryOptions) -> None:
         )
 
 
-def _compiles(o: TrajectoryOptions, device: torch.device) -> bool:
-    """Whether to compile: as told, or where there is a compiler and the run is long enough to gain by it."""
-    if o.compile != "auto" or o.inner.backend == "higher":
-        return o.compile == "on" and o.inner.backend != "higher"
-    compiler = device.type == "cuda" or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return compiler and o.gradient == "adjoint" and o.steps * o.inner.steps >= PAYS_FROM
+@contextmanager
+def float32(device: torch.device) -> Iterator[None]:
+    """Inside, convolutions on a GPU are in float32, not TF32: the miss is a difference of weights."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and device.type != "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _as_before(state: TrajectoryState, compiled: bool) -> TrajectoryState:
+    """The state, which knows from its first step on how it is computed; UsageError where that changed."""
+    if state.compiled not in (None, compiled):
+        was, now = ("compiled", "not compiled") if state.compiled else ("not compiled", "compiled")
+        raise UsageError(
+            f"the steps so far were {was}, here they are {now}: the result would have other bits",
+            "Go on where there is the same compiler, or start again in another out=DIR",
+        )
+    return replace(state, compiled=compiled)
+
+
+def _estimate(o: TrajectoryOptions, made: Derivatives, probe: tuple[Tensor, Tensor, Tensor]) -> str:
+    """What the whole run will take, from one student step forwards and backwards."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        made.first(*probe)
+    float(made.second(probe[0], *probe, True)[0].sum())
+    minutes = o.steps * o.inner.steps * (time.perf_counter() - began) / 60
+    path = (o.inner.steps + 1) * probe[0].numel() * 4 / 2**20
+    return (
+        f"{o.steps} steps of {o.inner.steps} student steps: about {minutes:.0f} min, "
+        f"{path:.0f} MiB for the student's path"
+    )

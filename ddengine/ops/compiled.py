@@ -61,19 +61,20 @@ def _product(loss: Loss, which: tuple[int, ...]) -> Callable[..., Any]:
 
 
 def derivatives(
-    loss: Loss, compile: bool, theta: Tensor, x: Tensor, y: Tensor, hessian: bool = True
+    loss: Loss, compile: bool, theta: Tensor, x: Tensor, y: Tensor, gradient: str = "adjoint"
 ) -> tuple[Derivatives, str | None]:
-    """Compiled derivatives, tried once on (theta, x, y); or eager ones and the reason why they are not."""
+    """Compiled derivatives, tried once on (theta, x, y); or eager ones and the reason why they are not.
+
+    What is tried is what `gradient`, a key of GRADIENTS, will use.
+    """
     eager = Eager(loss)
     if not compile:
         return eager, None
     try:
         made = compiled(loss)
         with _quiet():
-            with torch.no_grad():
-                first = made.first(theta, x, y)
-            ours, theirs = (d.second(theta, theta, x, y, hessian) for d in (made, eager))
-            pairs = [(first, theirs[0]), *zip(ours, theirs, strict=True)]
+            ours, theirs = (_tried(d, theta, x, y, gradient) for d in (made, eager))
+            pairs = zip(ours, theirs, strict=True)
             gaps = [_gap(a, b) for a, b in pairs if a is not None and b is not None]
     except Exception as error:  # whatever a compiler raises
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -81,6 +82,18 @@ def derivatives(
     if wrong := [gap for gap in gaps if not gap <= TOLERANCE]:  # nan is wrong too
         return eager, f"not compiled, which is slower: the compiled derivative is off by {wrong[0]:.1e}"
     return made, None
+
+
+def _tried(made: Derivatives, theta: Tensor, x: Tensor, y: Tensor, gradient: str) -> list[Tensor | None]:
+    """All that a gradient needs of derivatives, once."""
+    if gradient == "unroll":
+        with torch.enable_grad():
+            live, images = theta.detach().requires_grad_(), x.detach().requires_grad_()
+            g = made.first(live, images, y)
+            return [g.detach(), *torch.autograd.grad(g @ theta.detach(), [live, images])]
+    with torch.no_grad():
+        g = made.first(theta, x, y)
+    return [g, *made.second(theta, theta, x, y, gradient == "adjoint")]
 
 
 @contextmanager

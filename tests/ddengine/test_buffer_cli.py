@@ -211,15 +211,18 @@ def test_the_catalog_lists_the_recipes_that_there_are(call):
     assert "Did you mean 'mtt'?" in err
 
 
-def test_ctrl_c_while_workers_start_ends_cleanly(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGINT, 0.7), (signal.SIGTERM, 0.7), (signal.SIGTERM, 8)]
+)
+def test_a_signal_to_the_whole_group_ends_cleanly(number, seconds, tmp_path):
     words = [*SMALL[:-1], "workers=2", "count=2", "epochs=9999", "out=stopped"]
     process = launch(words, tmp_path, start_new_session=True)
     process.stderr.readline()
-    time.sleep(0.7)
-    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(seconds)  # while the workers start, or work
+    os.killpg(process.pid, number)
     err = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(60), "SIGINT" in err, "Repeat the same command" in err) == (130, True, True), err
+    assert (process.wait(60), number.name in err, "Repeat the same command" in err) == (130, True, True), err
     assert len(ExpertBuffer(tmp_path / "stopped")) == 0
 
 

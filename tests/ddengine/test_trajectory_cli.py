@@ -61,7 +61,7 @@ def test_dataset_and_network_come_from_the_buffer_and_the_result_can_be_judged(c
     assert (found["kind"], found["count"], found["provenance"]["steps"]) == ("pixels", 10, 3)
     assert found["recipe"]["network"] == ExpertBuffer(world / "experts").network(0).to_dict()
     assert found["recipe"]["dataset"] == {"name": "digits"}
-    assert found["provenance"]["experts"] == ExpertBuffer(world / "experts").digest
+    assert found["provenance"]["experts"] == ExpertBuffer(world / "experts").identity
     assert "student_lr" in DistilledSet.load(world / "run" / "distilled").tensors
     code, out, err = call("evaluate", "run", *JUDGE, "--json")
     assert code == 0, err
@@ -93,7 +93,7 @@ def test_a_nested_value_of_the_wrong_type_is_refused():
 
 def test_nested_options_have_the_defaults_of_the_matcher():
     node = composed("distill", ["dataset=digits", "matcher=trajectory"]).matcher
-    assert (node.inner.steps, node.inner.rate, node.inner.batch) == (30, 0.01, None)
+    assert (node.inner.steps, node.inner.rate, node.inner.batch) == (20, 0.01, None)
     assert (node.window.min, node.window.max, node.skip_above) == (0, None, None)
     changed = composed("distill", ["dataset=digits", "matcher=trajectory", "matcher.inner.steps=7"]).matcher
     assert changed.inner.steps == 7
@@ -157,6 +157,17 @@ def test_a_pixel_matcher_draws_its_networks_from_the_buffer(call, world):
     code, _, err = call("distill", *words, "matcher.networks=buffer", "experts=experts", "out=drawn")
     assert code == 0, err
     provenance = DistilledSet.load(world / "drawn" / "distilled").manifest["provenance"]
-    assert provenance["experts"] == ExpertBuffer(world / "experts").digest
+    assert provenance["experts"] == ExpertBuffer(world / "experts").identity
     code, _, err = call("distill", *words, "dataset=digits", "matcher.networks=buffer", "out=new")
     assert code == 2 and "experts" in told(err)[0]
+
+
+def test_help_of_distill_lists_the_options_of_the_chosen_matcher(capsys):
+    assert main(["distill", "matcher=trajectory", "--help"]) == 0
+    out = capsys.readouterr().out
+    for line in ("matcher.steps=5000", "matcher.inner.rate=0.01", "matcher.window.max=null"):
+        assert f"\n  {line}\n" in out
+    assert main(["distill", "--help"]) == 0
+    assert "matcher.inner" not in capsys.readouterr().out
+    assert main(["distill", "matcher=trajektory", "--help"]) == 2
+    assert "Did you mean 'trajectory'?" in capsys.readouterr().err

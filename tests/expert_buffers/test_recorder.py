@@ -15,6 +15,7 @@ from ddengine import data
 from ddengine.errors import DDError, Interrupted, UsageError
 from ddengine.nets import NetSpec, build
 from ddengine.ops.whiten import fit_zca
+from ddengine.recipes import task
 from ddengine.rng import Rng
 from ddengine.types import Images
 from expert_buffers import ExpertBuffer, record, recorder, training
@@ -338,3 +339,26 @@ def test_a_source_without_fingerprint_is_known_by_its_content(images, tmp_path):
 def test_a_source_without_images_is_refused(images, tmp_path):
     with pytest.raises(UsageError, match="no image"):
         record(images.take(torch.arange(0)), NET, tmp_path / "b", count=1)
+
+
+def test_images_in_any_order_give_the_buffer_that_their_task_takes(images, tmp_path):
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    mixed = replace(images.take(order), spec=replace(images.spec, fingerprint=""))
+    buffer = record(mixed, NET, tmp_path / "b", count=1, epochs=1)
+    made = task(mixed, ipc=1, experts=buffer)
+    buffer.check(made.source.spec, NET)
+
+
+def test_an_expert_that_diverges_leaves_the_epochs_of_the_others(images, tmp_path, monkeypatch):
+    """The second expert fails at once; what the buffer has of the first stays and it says which failed."""
+    epoch = training.train_epoch
+
+    def failing(net, state, source, recipe, number, rng, *rest):
+        after = epoch(net, state, source, recipe, number, rng, *rest)
+        bad = rng.path == ("expert", 1)
+        return replace(after, params=after.params * float("nan")) if bad else after
+
+    monkeypatch.setattr(training, "train_epoch", failing)
+    with pytest.raises(DDError, match="expert 1: .*diverged.*\nLower recipe.lr"):
+        record(images, NET, tmp_path / "b", count=3, epochs=2)
+    assert len(ExpertBuffer(tmp_path / "b")) == 1 and ExpertBuffer(tmp_path / "b").verify()

@@ -1,6 +1,7 @@
 """Trajectory matching in its folder: stopped and resumed, refused by name, compiled or told why not."""
 
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from ddengine.loop import Schedule, distill
 from ddengine.nets import NetSpec
 from ddengine.ops import compiled
 from ddengine.types import Budget, Task
-from matchers import trajectory
+from matchers import trajectory, trajectory_options
 from matchers.student import InnerOptions
 from matchers.trajectory import TrajectoryOptions
 
@@ -89,7 +90,8 @@ def test_a_run_without_a_folder_gives_the_same_set(straight, task):
 def test_a_run_stores_its_rate_its_labels_and_which_experts_it_had(straight, task):
     manifest = straight.distilled.manifest
     assert float(straight.distilled.tensors["student_lr"]) > 0
-    assert manifest["provenance"]["experts"] == task.experts.digest
+    assert manifest["provenance"]["experts"] == task.experts.identity
+    assert manifest["provenance"]["experts"]["digest"] == task.experts.digest
     assert manifest["provenance"]["matcher"]["options"]["inner"]["steps"] == 2
     assert manifest["provenance"]["matcher"]["options"]["window"]["min"] == 0
     assert straight.distilled.decode().y_kind == "logit"
@@ -104,7 +106,8 @@ def test_a_run_does_not_go_on_with_other_experts(straight, task, source, tmp_pat
             distill(task, make(**WIDE), seed=2, out=out, schedule=EACH, progress=stop_at(4))
     walk = toy_experts.walk(NET, 4, 0, 0.01, source.spec)
     other = toy_experts.write(tmp_path / "other", [walk], (NET,), spec=source.spec)
-    wanted = f"experts is {task.experts.digest} there and {other.digest} here"
+    mine, theirs = (sum(b.epochs(i) + 1 for i in range(len(b))) for b in (task.experts, other))
+    wanted = f"experts.checkpoints is {mine} there and {theirs} here"
     with pytest.raises(UsageError, match=f"holds another run: {wanted}\nChoose another out=DIR"):
         distill(replace(task, experts=other), make(**WIDE), seed=2, out=out, schedule=EACH)
 
@@ -165,17 +168,11 @@ LONG = {"steps": 5000, "inner": InnerOptions(steps=4)}
         ({**LONG, "compile": "off"}, "cuda", "g++", False),
         ({"steps": 1, "compile": "on"}, "cpu", None, True),
         ({"steps": 1, "compile": "on", "gradient": "unroll"}, "cpu", None, True),
-        (
-            {"compile": "on", "gradient": "unroll", "inner": InnerOptions(backend="higher")},
-            "cpu",
-            "g++",
-            False,
-        ),
     ],
 )
 def test_compiling_is_chosen_where_it_pays_and_can_be_done(monkeypatch, options, device, compiler, expected):
-    monkeypatch.setattr(trajectory.shutil, "which", lambda name: name if name == compiler else None)
-    assert trajectory._compiles(TrajectoryOptions(**options), torch.device(device)) is expected
+    monkeypatch.setattr(trajectory_options.shutil, "which", lambda name: name if name == compiler else None)
+    assert trajectory_options.compiles(TrajectoryOptions(**options), torch.device(device)) is expected
 
 
 def test_a_compiler_that_fails_is_told_once_and_the_run_goes_on_as_without_it(task, monkeypatch):
@@ -205,3 +202,55 @@ def test_reading_ahead_ends_with_the_run(task, monkeypatch):
     with pytest.raises(UsageError, match="needs"):
         distill(task, make(expert_epochs=9))
     assert len(held) == 1 and not held[0]._thread.is_alive()
+
+
+def test_a_run_does_not_go_on_otherwise_compiled(task, tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        distill(task, make(), seed=2, out=tmp_path / "run", schedule=EACH, progress=stop_at(2))
+    step = trajectory.TrajectoryMatching.step
+
+    def elsewhere(self, state, work, rng):
+        work.extra["derivatives"] = compiled.Compiled(work.extra["derivatives"].first, {})
+        return step(self, state, work, rng)
+
+    monkeypatch.setattr(trajectory.TrajectoryMatching, "step", elsewhere)
+    with pytest.raises(UsageError, match="the steps so far were not compiled, here they are compiled"):
+        distill(task, make(), seed=2, out=tmp_path / "run", schedule=EACH)
+
+
+def test_a_long_run_says_what_it_takes_and_why_it_is_slow(task, monkeypatch):
+    monkeypatch.setattr(trajectory_options.shutil, "which", lambda name: None)
+    matcher = make(steps=20_000, inner={"steps": 1})
+    work = matcher.prepare(task, trajectory.Rng(0))
+    work.close()
+    assert work.notes[0] == "not compiled, which is slower: there is no C++ compiler"
+    assert re.fullmatch(
+        r"20000 steps of 1 student steps: about \d+ min, 0 MiB for the .* path", work.notes[1]
+    )
+
+
+def test_half_precision_is_refused(task):
+    with pytest.raises(
+        UsageError, match="computes in float32, precision=bf16 was given\nGive precision=fp32"
+    ):
+        distill(replace(task, precision="bf16"), make())
+
+
+def test_a_budget_in_bytes_counts_the_rate(task):
+    exact = distill(replace(task, budget=Budget(ipc=1)), make(steps=1)).distilled.nbytes["total"]
+    assert (
+        distill(replace(task, budget=Budget(nbytes=exact)), make(steps=1)).distilled.nbytes["total"] == exact
+    )
+    with pytest.raises(UsageError, match=f"no room for the student's rate\nGive budget.nbytes={exact}"):
+        distill(replace(task, budget=Budget(nbytes=exact - 1)), make(steps=1))
+
+
+def test_a_matcher_that_uses_no_experts_says_so(task):
+    told: list[str] = []
+    distill(task, matchers.make("random"), notice=told.append)
+    assert told == ["note: this matcher uses no experts; the pixel matchers do with matcher.networks=buffer"]
+
+
+def test_higher_cannot_be_compiled():
+    with pytest.raises(UsageError, match="matcher.compile=on with matcher.inner.backend=higher"):
+        make(compile="on", gradient="unroll", inner={"backend": "higher"})

@@ -166,6 +166,26 @@ def test_a_wrong_kernel_is_refused(part, by, monkeypatch):
 @pytest.mark.parametrize(("hessian", "soft"), KINDS)
 def test_right_kernels_are_taken(hessian, soft, monkeypatch):
     monkeypatch.setattr(torch, "compile", damaged(None, 1.0))
-    made, reason = derivatives(loss, True, *drawn(soft), hessian)
+    made, reason = derivatives(loss, True, *drawn(soft), "adjoint" if hessian else "tesla")
     assert isinstance(made, Compiled) and reason is None
     assert module.TOLERANCE < 0.03
+
+
+@pytest.mark.parametrize("by", [1.0, 1.03])
+def test_what_is_tried_for_the_unroll_is_its_second_derivative(by, monkeypatch):
+    products = []
+
+    def compile(function, **options):
+        def kernel(*arguments):
+            if len(arguments) == 4:
+                products.append(arguments)
+            theta = arguments[0]
+            # of the right value, and with a derivative that is off where `by` is not 1
+            return function(theta.detach() + by * (theta - theta.detach()), *arguments[1:])
+
+        return kernel
+
+    monkeypatch.setattr(torch, "compile", compile)
+    made, reason = derivatives(loss, True, *drawn(), "unroll")
+    assert isinstance(made, Compiled) == (by == 1.0) and (reason is None) == (by == 1.0)
+    assert not products
