@@ -4,10 +4,10 @@
     python benchmarks/trajectory_gradients.py --compiled --widths 32 --steps 20
 
 ConvNet-3, ten images in the shape of CIFAR (noise: cost does not depend on what the pixels show), one thread.
-Each case has a process of its own. Two memories are taken: growth of the largest resident size over a warm
-baseline (the same with T = 1 done, what it freed given back), and the most bytes that autograd saved for
-backward passes. `--compiled` adds compiled cases to the eager ones. A row that the result file has is not run
-again.
+Each case has a process of its own; time is that of its CPU. Two memories are taken: growth of the largest
+resident size over a warm baseline (the same with T = 1 done, what it freed given back), and the most bytes
+that autograd saved for backward passes. `--compiled` adds compiled cases to the eager ones. A row that the
+result file has is not run again.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def resident_peak() -> int:
 
 
 def case(method: str, steps: int, width: int, compiled: bool, repeat: int) -> dict[str, Any]:
-    """Bytes that one outer step added, and seconds of `repeat` more."""
+    """Bytes that one outer step added, and CPU seconds of `repeat` more."""
     step, warm_up = outer_step(method, steps, width, compiled)
     forget_peak()
     before = resident_peak()
@@ -141,9 +141,9 @@ def case(method: str, steps: int, width: int, compiled: bool, repeat: int) -> di
     grown = resident_peak() - before
     seconds = []
     for _ in range(repeat):
-        began = time.perf_counter()
+        began = time.process_time()
         step()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     parameters = len(student(width)[1])
     return {
         "width": width,
@@ -151,7 +151,7 @@ def case(method: str, steps: int, width: int, compiled: bool, repeat: int) -> di
         "steps": steps,
         "compiled": compiled,
         "parameters": parameters,
-        "seconds": {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)},
+        "cpu_seconds": {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)},
         "repeat": repeat,
         "warm_up_seconds": warm_up,
         "resident_growth_bytes": grown,
@@ -201,13 +201,13 @@ def cases(given: argparse.Namespace) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown; times are min/median/max."""
     lines = [
-        "| width | gradient | T | resident growth, MB | saved tensors, MB | path 4TP, MB | s an outer step |",
+        "| width | gradient | T | resident growth, MB | saved tensors, MB | path 4TP, MB | CPU-s a step |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         name = row["method"] + (", compiled" if row["compiled"] else "")
         saved = "" if row["saved_tensor_bytes"] is None else f"{row['saved_tensor_bytes'] / 1e6:.1f}"
-        spread = "/".join(f"{row['seconds'][part]:.3f}" for part in ("min", "median", "max"))
+        spread = "/".join(f"{row['cpu_seconds'][part]:.3f}" for part in ("min", "median", "max"))
         grown, path = (row[part] / 1e6 for part in ("resident_growth_bytes", "path_bytes"))
         lines.append(
             f"| {row['width']} | {name} | {row['steps']} | {grown:.1f} | {saved} | {path:.1f} | {spread} |"
