@@ -261,4 +261,4 @@ def scheduled(lr: float | int, schedule: str, step: int, steps: int) -> float:
     """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop": released)."""
     if schedule == "cosine":
         return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr
+    return float(lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr)

@@ -214,7 +214,7 @@ def test_defaults_yield_to_overrides_and_go_with_their_choice():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_later_overrides_win(command):
-    assert composed(command, [*_needed(command), "seed=1", "seed=2"]).seed == 2
+    assert composed(command, [*_needed(command), "out=one", "out=two"]).out == "two"
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_recording_draws_nothing_global_and_keeps_the_thread_count(images, tmp_p
 
 def test_work_is_announced_in_one_line_and_progress_ends_at_the_total(images, tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "SECONDS_BETWEEN_REPORTS", 0.001)
-    said, told = [], []
+    said, told, threads = [], [], threading.active_count()
     record(
         images, NET, tmp_path / "b", count=2, epochs=2, recipe=AST, notice=said.append,
         progress=lambda done, total, values: told.append((done, total)),
@@ -246,7 +246,7 @@ def test_work_is_announced_in_one_line_and_progress_ends_at_the_total(images, tm
     assert len(said) == 1 and re.fullmatch(form, said[0])
     assert told[-1] == (4, 4)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
     record(images, NET, tmp_path / "b", count=3, epochs=3, recipe=AST, notice=said.append)
     assert said[1].startswith("3 experts with 5 epochs in all of 2 steps")
 
