@@ -22,7 +22,8 @@ PAYS_FROM = 20_000  # student steps in all: compiling costs a minute of CPU and 
 @dataclass(frozen=True)
 class TrajectoryOptions:
     """Options of the `trajectory` matcher. Defaults are MTT's for CIFAR-100 at 10 images per class, but for
-    `clip`, which MTT lacks; what DATM, AST, FTD and TESLA add is off.
+    `lr`, that of its CIFAR-10 rows (1000 leaves digits at chance), and `clip`, which MTT lacks; what DATM,
+    AST, FTD and TESLA add is off.
 
     `lr`, `lr_labels`, `lr_rate` are the rates of pixels, label logits and the student's rate, each with its
     momentum. `labels`: class numbers, logits of the experts (fixed: "soft", free: "learned"), or TESLA's
@@ -33,7 +34,7 @@ class TrajectoryOptions:
 
     steps: int = 5000
     gradient: str = "adjoint"
-    lr: float | int = 1000.0
+    lr: float | int = 100.0
     momentum: float | int = 0.5
     schedule: str = "constant"
     lr_rate: float | int = 1e-5
