@@ -29,7 +29,7 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
-from ddengine.types import Budget, Images, Matcher, Task, fingerprint
+from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
@@ -68,19 +68,11 @@ def task(
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
     if isinstance(source, Images):
-        return Task(_named(source.sorted_by_class()), **made, precision=precise)
+        return Task(as_source(source), **made, precision=precise)
     if isinstance(source, Dataset):
         return Task(source.fit, **made, precision=precise, origin={"name": source.fit.spec.name})
     dataset = data.load(source, **load)
     return Task(dataset.fit, **made, precision=precise, origin={"name": source, **_plain(load)})
-
-
-def _named(images: Images) -> Images:
-    """The images with a fingerprint of their content, where their maker gave none."""
-    if images.spec.fingerprint:
-        return images
-    found = fingerprint(images.x, images.y, images.spec.classes)
-    return replace(images, spec=replace(images.spec, fingerprint=found))
 
 
 def matcher(name: str, *, network: str | NetSpec | None = None, **options: Any) -> Matcher[Any]:

@@ -281,3 +281,12 @@ def fingerprint(x: Tensor, y: Tensor, classes: Sequence[str]) -> str:
         digest.update(str((tuple(tensor.shape), str(tensor.dtype))).encode())
         digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def as_source(images: Images) -> Images:
+    """The images sorted by class, with a fingerprint of their content where their maker gave none."""
+    images = images.sorted_by_class()
+    if images.spec.fingerprint:
+        return images
+    found = fingerprint(images.x, images.y, images.spec.classes)
+    return replace(images, spec=replace(images.spec, fingerprint=found))

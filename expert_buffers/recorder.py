@@ -16,7 +16,7 @@ from torch import Tensor
 from ddengine.errors import DDError, Interrupted, UsageError, require, require_positive
 from ddengine.nets import NetSpec, resolve
 from ddengine.parallel import job_pool, one_thread, signals
-from ddengine.types import Images, fingerprint
+from ddengine.types import Images, as_source
 from expert_buffers.estimate import Estimate, epochs_left, estimate, steps_per_epoch
 from expert_buffers.manifest import header, write_manifest
 from expert_buffers.partial import partial_path
@@ -72,7 +72,7 @@ def record(
     specs, place, source = (
         _networks(networks, source, count),
         _place(device),
-        _known(source.sorted_by_class()),
+        as_source(source),
     )
     head = header(source.spec, specs, chosen.to_dict() | {"precision": precision}, seed, encoding, origin)
     root = Path(out).expanduser()
@@ -152,14 +152,6 @@ def _networks(networks: NetSpec | Sequence[NetSpec], source: Images, count: int)
     if not len(source):
         raise UsageError("there is no image to train on", "Give a source with at least one image")
     return specs
-
-
-def _known(source: Images) -> Images:
-    """The source with a fingerprint of its content, where its maker gave none."""
-    if source.spec.fingerprint:
-        return source
-    found = fingerprint(source.x, source.y, source.spec.classes)
-    return replace(source, spec=replace(source.spec, fingerprint=found))
 
 
 def _place(device: str) -> torch.device:
