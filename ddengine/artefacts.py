@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ddengine import files
-from ddengine.config import DatasetConfig, NetworkConfig
+from ddengine.config import DatasetConfig, GraphDatasetConfig, NetworkConfig
+from ddengine.data import GRAPH_COLLECTIONS
 from ddengine.errors import ArtefactError, one_line
+from ddengine.graphs import GraphSpec
 from ddengine.nets import NetSpec
 from expert_buffers.manifest import FORMAT, MANIFEST, describe
 from expert_buffers.recipes import ExpertRecipe
@@ -36,8 +38,22 @@ def manifest_values(path: Path) -> dict[str, Any]:
     """Keys and values that make `evaluate` use the dataset and network which the set at `path` names."""
     distilled = DistilledSet.load(artefact(path))
     dataset = named(distilled, "dataset")
-    options = {f"dataset.{key}": value for key, value in dataset.items() if key != "name"}
-    return {"dataset": dataset["name"], **options, "network": named(distilled, "network")["name"]}
+    group = "collection" if holds_graphs(distilled) else "name"
+    options = {f"dataset.{key}": value for key, value in dataset.items() if key != group}
+    return {"dataset": dataset[group], **options, "network": named(distilled, "network")["name"]}
+
+
+def holds_graphs(distilled: DistilledSet) -> bool:
+    """Whether networks for graphs train on the set."""
+    return isinstance(distilled.spec, GraphSpec)
+
+
+def graph_values(words: Sequence[str]) -> dict[str, Any]:
+    """Keys and values that make `distill` use what is usual for graphs where the words name graphs."""
+    typed = dict(word.partition("=")[::2] for word in words)
+    if typed.get("dataset", "").strip("'\"") not in GRAPH_COLLECTIONS:
+        return {}
+    return {"matcher": "computation_tree", "network": "gin"}
 
 
 def expert_values(words: Sequence[str]) -> dict[str, Any]:
@@ -66,10 +82,14 @@ def expert_values(words: Sequence[str]) -> dict[str, Any]:
 
 def named(distilled: DistilledSet, group: str) -> dict[str, Any]:
     """The `dataset` or `network` that the manifest names, with its options (else ArtefactError)."""
-    default = {"name": distilled.spec.name if group == "dataset" else "convnet"}
+    graphs = holds_graphs(distilled)
+    default = {"name": distilled.spec.name if group == "dataset" else "gin" if graphs else "convnet"}
     found = distilled.manifest["recipe"].get(group) or default
-    hints = get_type_hints(DatasetConfig if group == "dataset" else NetworkConfig)
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+    kind = NetworkConfig if group == "network" else GraphDatasetConfig if graphs else DatasetConfig
+    hints, needed = get_type_hints(kind), {"name"}
+    if kind is GraphDatasetConfig:
+        needed = {"name", "collection"}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in needed):
         raise ArtefactError(f"the manifest names no {group}: {found}", "Make the set again")
     for key, value in found.items():
         if key not in hints or not isinstance(value, hints[key]):
@@ -95,13 +115,16 @@ def summary_text(found: Mapping[str, Any]) -> str:
         return _buffer_text(found)
     dataset, budget, made = found["dataset"], found["budget"], found["provenance"]
     network, matcher = found["recipe"].get("network"), made.get("matcher")
-    size = ", ".join(f"{key} {budget[key]:,}" for key in ("images", "labels", "extras", "total"))
+    parts = [key for key in ("images", "trees", "labels", "extras", "total") if key in budget]
+    size = ", ".join(f"{key} {budget[key]:,}" for key in parts)
     kind = matcher.get("type", "?") if isinstance(matcher, dict) else "?"
     run = ", ".join(f"{key} {made.get(key, '?')}" for key in ("steps", "seconds", "seed"))
-    shape = "x".join(map(str, dataset["shape"]))
+    what, how = f"items of node labels {dataset.get('node_sizes')}", dataset.get("discretised")
+    if "shape" in dataset:
+        what, how = f"images of {'x'.join(map(str, dataset['shape']))}", dataset["preprocessing"]
     lines = [
-        f"{found['path']}: {found['kind']}, {found['count']} images of {shape}",
-        f"  source   {dataset['name']}, {len(dataset['classes'])} classes, {dataset['preprocessing']}",
+        f"{found['path']}: {found['kind']}, {found['count']} {what}",
+        f"  source   {dataset['name']}, {len(dataset['classes'])} classes, {how}",
         f"  bytes    {size}",
         f"  made by  {kind}, {run}",
         f"  network  {network.get('name', '?') if isinstance(network, dict) else 'none'}",

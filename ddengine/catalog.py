@@ -10,10 +10,12 @@ MATCHERS = {
     "attention": "attention matching (DataDAM): class means of spatial attention and embedding",
     "distribution": "distribution matching (DM): class means of the embedding",
     "trajectory": "trajectory matching (MTT, with DATM, AST, FTD and TESLA as options); needs experts",
-    "random": "random real images, class by class",
-    "herding": "real images whose running mean follows the class mean (herding)",
+    "computation_tree": "graphs: computation trees with their evidence, or frequent sets of them (Mirage)",
+    "tree_herding": "graphs: real graphs whose mean histogram of computation trees follows the class's",
+    "random": "random real images or graphs, class by class",
+    "herding": "real images or graphs whose running mean follows the class mean (herding)",
     "kmeans": "the real image nearest each k-means centre of its class",
-    "kcenter": "greedy farthest-point real images (k-centre)",
+    "kcenter": "greedy farthest-point real images or graphs (k-centre)",
 }
 NETWORKS = {
     "convnet": "ConvNet-D of the distillation papers: width 128, depth by image size, instance norm",
@@ -24,12 +26,25 @@ NETWORKS = {
     "resnet18": "ResNet-18, small-image stem up to 64 pixels, torchvision's above",
     "vit": "a small vision transformer",
 }
+GRAPH_NETWORKS = {
+    "gcn": "graphs: graph convolution, symmetric norm; needs degrees in the colours (matcher.degree=true)",
+    "gin": "graphs: graph isomorphism network, the default for graphs: 2 layers of width 64",
+    "gine": "graphs: GIN that reads edge labels",
+    "sage": "graphs: GraphSAGE, mean of neighbours",
+    "gat": "graphs: graph attention",
+    "gatv2": "graphs: graph attention of the second kind",
+}
 RECIPES = {
     "mtt": "experts by plain SGD at a constant rate (MTT)",
     "ftd": "experts by adaptive GSAM, flat minima at two gradients a step (FTD, DATM)",
     "ast": "smooth experts: momentum, early loss ramp, gradient penalty, rate drop (AST)",
 }
-KINDS = {"matchers": MATCHERS, "datasets": data.DESCRIPTIONS, "networks": NETWORKS, "recipes": RECIPES}
+KINDS = {
+    "matchers": MATCHERS,
+    "datasets": data.DESCRIPTIONS,
+    "networks": {**NETWORKS, **GRAPH_NETWORKS},
+    "recipes": RECIPES,
+}
 PLUGGED = ("matchers", "datasets", "networks")  # kinds to which other distributions add
 
 

@@ -43,8 +43,18 @@ DATASET = (
     "dataset=NAME dataset.root=PATH dataset.size=PIXELS dataset.preprocessing=standard|zca "
     "dataset.on_error=raise|skip dataset.download=true|false"
 )
+GRAPHS = (
+    "dataset=tu|ogb dataset.name=NAME dataset.root=PATH dataset.discretise=quantile|kmeans|none "
+    "dataset.bins=N dataset.split=N dataset.download=true|false"
+)
 NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
 PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
+GRAPH_KEYS = {
+    "distill": GRAPHS,
+    "evaluate": f"{GRAPHS} networks=[gin,gcn] protocol=standard-v1|paper/mirage seeds=N seed=N "
+    "rows=[random_bytes,full] recipe.steps=N recipe.lrs=[0.005] recipe.weight_decay=X recipe.pool=mean|sum "
+    "recipe.dropout=X recipe.balance=true|false workers=N out=DIR",
+}
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N experts=DIR "
     f"seed=N out=DIR {PLACE} deterministic=true|false checkpoint.steps=N checkpoint.minutes=N row=NAME",
@@ -188,6 +198,9 @@ def _help(command: str) -> str:
     if command in KEYS:
         keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
         parts.insert(2, "\n  ".join(["Keys:", *keys]))
+    if command in GRAPH_KEYS:
+        keys = textwrap.wrap(GRAPH_KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
+        parts.insert(3, "\n  ".join(["For graphs:", *keys]))
     if command == "distill":
         parts.append("The options of a matcher: ddengine distill matcher=NAME --help")
     return "\n\n".join(parts)
@@ -241,7 +254,7 @@ def _distill(words: list[str], as_json: bool) -> int:
     from ddengine.compose import composed
     from ddengine.console import Console
 
-    config = composed("distill", words, artefacts.expert_values(words))
+    config = composed("distill", words, artefacts.expert_values(words) | artefacts.graph_values(words))
     with Console() as console:
         result = recipes.run_distill(config, console.watch())
     assert result.folder is not None
@@ -288,7 +301,8 @@ def _evaluate(words: list[str], as_json: bool) -> int:
     from ddengine.console import Console
 
     path, overrides = _split("evaluate", words)
-    config = composed("evaluate", overrides, artefacts.manifest_values(path))
+    graphs = artefacts.holds_graphs(artefacts.DistilledSet.load(artefacts.artefact(path)))
+    config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path))
     with Console() as console:
         table = recipes.run_evaluate(path, config, console.watch())
     _print_table(table, as_json)

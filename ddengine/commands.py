@@ -10,13 +10,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ddengine.artefacts import expert_values, named
+from ddengine.artefacts import expert_values, holds_graphs, named
 from ddengine.bench import SUBJECT
 from ddengine.compose import PATHS, composed, spelled
-from ddengine.config import EvaluateConfig
+from ddengine.config import EvaluateConfig, EvaluateGraphsConfig
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.graph_simple import SIMPLE
+from ddengine.graph_train import GraphRecipe
 from ddengine.nets import resolve
 from ddengine.nets.core import NetSpec
+from ddengine.nets.graph import resolve_graph
 from ddengine.ops.dsa import strategy_for
 from ddengine.train import Recipe
 from synth import DistilledSet
@@ -30,10 +33,13 @@ def distill_command(path: Path) -> str | None:
     if not path.exists():
         return None
     config = _config(path)
-    choices = [word(group, config[group]["name"]) for group in CHOSEN]
+    choices = [word(group, config[group].get("collection", config[group]["name"])) for group in CHOSEN]
     if config.get("experts"):
         choices.append(word("experts", config["experts"]))
-    said, default = {*(f"{group}.name" for group in CHOSEN), "experts"}, _defaults(choices)
+    if "collection" in config["dataset"]:
+        choices.append(word("dataset.name", config["dataset"]["name"]))
+    said = {*(f"{group}.name" for group in CHOSEN), "dataset.collection", "experts"}
+    default = _defaults(choices)
     differs = {k: v for k, v in _leaves(config) if k not in default or default[k] != v}
     return _line("distill", *choices, *(word(k, v) for k, v in differs.items() if k not in said))
 
@@ -76,14 +82,19 @@ def evaluate_command(
     if distilled is None or table.get("source_matches") is False:
         return None
     networks = _network_words(table, distilled)
-    default, rows = EvaluateConfig(), table["rows"]
+    graphs, rows = holds_graphs(distilled), table["rows"]
+    default = EvaluateGraphsConfig() if graphs else EvaluateConfig()
     keys = vars(default.recipe)
     usual = {**Recipe().to_dict(), **keys, "augment": strategy_for(distilled.spec.name)}
+    if graphs:
+        usual = GraphRecipe().to_dict()
     recipe = {key: value for key, value in table["recipe"].items() if usual.get(key) != value}
     if networks is None or not recipe.keys() <= keys.keys():
         return None
     beside = [name for name in dict.fromkeys(row["name"] for row in rows) if name != SUBJECT]
-    found = {"seeds": rows[0]["n"], "seed": table["seed"], "rows": beside}
+    found = {"seeds": table.get("seeds", rows[0]["n"]), "seed": table["seed"], "rows": beside}
+    if graphs:
+        found["protocol"] = table["protocol"]
     said = {key: value for key, value in found.items() if getattr(default, key) != value}
     said |= {f"recipe.{key}": value for key, value in recipe.items()}
     return _line("evaluate", str(path), *networks, *(word(key, value) for key, value in said.items()))
@@ -91,20 +102,25 @@ def evaluate_command(
 
 def _network_words(table: Mapping[str, Any], distilled: DistilledSet) -> list[str] | None:
     """The words that make `evaluate` judge with the networks of `table`; None where none do."""
-    own, shape = named(distilled, "network"), distilled.spec.shape
-    wanted = list({row["network"]: row["network_spec"] for row in table["rows"]}.values())
+    own = named(distilled, "network")
+    rows = [row for row in table["rows"] if row["name"] not in SIMPLE]
+    wanted = list({row["network"]: row["network_spec"] for row in rows}.values())
     names = [spec.get("name") for spec in wanted]
     options = {key: value for key, value in wanted[0].items() if key != "name" and value is not None}
     for given in ({}, options):
         meant = [{**(own if name == own["name"] else {}), **given, "name": name} for name in names]
         try:
-            made = [resolve(NetSpec(**spec), shape).to_dict() for spec in meant]
+            made = [_resolved(NetSpec(**spec), distilled).to_dict() for spec in meant]
         except (TypeError, UsageError):  # an option that one of the networks lacks
             continue
         if made == wanted:
             chosen = [] if names == [own["name"]] else [word("networks", names)]
             return chosen + [word(f"network.{key}", value) for key, value in given.items()]
     return None
+
+
+def _resolved(network: NetSpec, distilled: DistilledSet) -> NetSpec:
+    return resolve_graph(network) if holds_graphs(distilled) else resolve(network, distilled.spec.shape)
 
 
 def word(key: str, value: Any) -> str:

@@ -18,11 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import matchers
 from ddengine import catalog
-from ddengine.config import COMMANDS, DatasetConfig, NetworkConfig
+from ddengine.config import COMMANDS, DatasetConfig, GraphDatasetConfig, NetworkConfig
+from ddengine.data import GRAPH_COLLECTIONS
 from ddengine.errors import UsageError, unknown
 from expert_buffers.recipes import RECIPES, ExpertRecipe
 
 GROUPS = ("dataset", "matcher", "network", "recipe", "row")
+UNFIT = (("buffer", True), ("import", True), ("evaluate", True), ("evaluate_graphs", False))  # takes graphs
 PATHS = ("out", "dataset.root", "experts")  # taken as typed, so that no path needs quotes
 
 
@@ -37,7 +39,7 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
     choices = [o for o in parsed if o.key_or_group in _groups(command)]
     plain = [o for o in parsed if o not in choices]
     for choice in choices:
-        _check_choice(choice)
+        _check_choice(command, choice)
     _register(choices)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(catalog.folder().resolve()), version_base="1.3", job_name="ddengine"):
@@ -51,7 +53,7 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
         _check_key(override, made)
     if missing:
         key = min(missing, key=len)
-        raise UsageError(f"{command} needs {key}", f"Give {_example(key)}")
+        raise UsageError(f"{_typed(command)} needs {key}", f"Give {_example(key)}")
     return found
 
 
@@ -71,7 +73,14 @@ def _still_meant(defaults: Mapping[str, Any], overrides: Sequence[str]) -> Itera
             yield spelled(key, value)
 
 
+def _typed(command: str) -> str:
+    """A command as one types it: some have a configuration for each kind of data."""
+    return command.partition("_")[0]
+
+
 def _example(key: str) -> str:
+    if key == "dataset.name":
+        return "dataset.name=NAME, a set of the collection such as MUTAG or ogbg_molbace"
     group = key.split(".")[0]
     return f"{group}=NAME, one of: {', '.join(_known(group))}" if group in GROUPS else f"{key}=VALUE"
 
@@ -93,7 +102,7 @@ def _register(choices: Sequence[Override]) -> None:
     for command, schema in COMMANDS.items():
         store.store(name=command, node=schema)
     makers: dict[str, Callable[[str], Any]] = {
-        "dataset": DatasetConfig,
+        "dataset": _dataset,
         "network": NetworkConfig,
         "matcher": _schema,
         "recipe": _recipe,
@@ -103,6 +112,10 @@ def _register(choices: Sequence[Override]) -> None:
         ours = [name for name in catalog.KINDS[f"{group}s"] if not _is_stored(group, name)]
         for name in {*ours, *chosen}:
             store.store(group=group, name=name, node=make(name))
+
+
+def _dataset(name: str) -> Any:
+    return GraphDatasetConfig(name) if name in GRAPH_COLLECTIONS else DatasetConfig(name)
 
 
 def _is_stored(group: str, name: str) -> bool:
@@ -162,8 +175,12 @@ def _literal(text: str) -> str:
     return spelled(key, value) if typed else text
 
 
-def _check_choice(choice: Override) -> None:
+def _check_choice(command: str, choice: Override) -> None:
     group, value = choice.key_or_group, choice.value()
+    if group == "dataset" and (command, value in GRAPH_COLLECTIONS) in UNFIT:
+        holds, takes = ("graphs", "images") if value in GRAPH_COLLECTIONS else ("images", "graphs")
+        said = f"dataset={value} holds {holds}; what is to be done takes {takes}"
+        raise UsageError(said, f"Give a dataset of {takes}; ddengine list datasets shows them")
     if isinstance(value, str) and value in catalog.KINDS.get(f"{group}s", ()):
         return
     if not isinstance(value, str) or value not in _known(group):
@@ -201,7 +218,7 @@ def _explained(
     """The error that names the one override which does not fit, found by composing each of them alone."""
     group = next((g for g in GROUPS if f"'{g}'" in str(error)), None)
     if "must specify" in str(error) and group is not None:
-        return UsageError(f"{command} needs {group}", f"Give {_example(group)}")
+        return UsageError(f"{_typed(command)} needs {group}", f"Give {_example(group)}")
     culprit = " ".join(o.input_line or "" for o in choices)
     try:
         base = _compose(command, choices)
@@ -211,7 +228,7 @@ def _explained(
             OmegaConf.to_container(_compose(command, [*choices, override]), resolve=True)
     except (HydraException, OmegaConfBaseException) as alone:
         return UsageError(f"{culprit}: {_reason(alone)}", "Give a value of the type that the key has")
-    return UsageError(_reason(error), f"See ddengine {command} --help for the keys")
+    return UsageError(_reason(error), f"See ddengine {_typed(command)} --help for the keys")
 
 
 def _reason(error: BaseException) -> str:

@@ -19,6 +19,23 @@ class DatasetConfig:
 
 
 @dataclass
+class GraphDatasetConfig:
+    """Which graphs: `name` in a `collection` (tu or ogb), whose folder lies in `root`.
+
+    `discretise` quantile or kmeans turns continuous attributes into `bins` codes, none leaves them out;
+    `split` is the number of the hashed split of a set that has no official one.
+    """
+
+    collection: str = MISSING
+    name: str = MISSING
+    root: str | None = None
+    discretise: str | None = None
+    bins: int = 8
+    split: int = 0
+    download: bool = True
+
+
+@dataclass
 class NetworkConfig:
     """Which network; null means the network's own default."""
 
@@ -56,6 +73,18 @@ class RecipeConfig:
 
 
 @dataclass
+class GraphRecipeConfig:
+    """How the judge trains graph networks: full-batch Adam; several rates are tried on validation."""
+
+    steps: int = 300
+    lrs: list[float] = field(default_factory=lambda: [0.005])
+    weight_decay: float = 0.0
+    pool: str = "mean"
+    dropout: float = 0.0
+    balance: bool = True
+
+
+@dataclass
 class SavingConfig:
     """How often a recording keeps the epochs of unfinished experts."""
 
@@ -72,7 +101,7 @@ class DistillConfig:
     """`ddengine distill`."""
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network", row=True))
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    dataset: Any = MISSING
     matcher: Any = MISSING
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ipc: int | None = None
@@ -139,6 +168,32 @@ class EvaluateConfig:
 
 
 @dataclass
+class EvaluateGraphsConfig:
+    """`ddengine evaluate PATH` of a set of graphs; dataset and network default to what its manifest names."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: Any = MISSING
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    networks: list[str] | None = None
+    protocol: str = "standard-v1"
+    seeds: int = 5
+    seed: int = 0
+    rows: list[str] = field(
+        default_factory=lambda: [
+            "random_bytes",
+            "herding_bytes",
+            "untrained",
+            "size_only",
+            "wl_logistic",
+            "full",
+        ]
+    )
+    recipe: GraphRecipeConfig = field(default_factory=GraphRecipeConfig)
+    workers: int | None = None
+    out: str | None = None
+
+
+@dataclass
 class DemoConfig:
     """`ddengine demo`."""
 
@@ -153,5 +208,6 @@ COMMANDS: dict[str, type] = {
     "buffer": BufferConfig,
     "import": ImportConfig,
     "evaluate": EvaluateConfig,
+    "evaluate_graphs": EvaluateGraphsConfig,
     "demo": DemoConfig,
 }

@@ -54,7 +54,7 @@ def page(table: Table, made: loop.Result) -> str:
             "# Digits at one image per class",
             "",
             f"Attention matching, {made.steps} steps, {made.seconds:.0f} s. Every row was trained "
-            f"by the same recipe with the same {table.recipe.steps} optimiser steps; "
+            f"by the same recipe with the same {table.recipe.to_dict()['steps']} optimiser steps; "
             "rates were chosen on validation images.",
             "",
             report.table_markdown(table.to_json()),

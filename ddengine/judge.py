@@ -4,7 +4,6 @@ Every row gets the same recipe, steps, trials, weights, batches and augmentation
 and the test part is scored once for each trained network. The judge knows nothing of how a set was made.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -19,7 +18,7 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
-from ddengine.tables import Row, Table
+from ddengine.tables import Row, Table, cost_of, label_networks
 from ddengine.train import Recipe
 from ddengine.types import Images, label_bytes
 from synth.starts import SELECTIONS, random_total
@@ -108,17 +107,6 @@ def trial_rates(recipe: Recipe, learned: float | None = None) -> tuple[float, ..
         return recipe.lrs
     nearest = min(recipe.lrs, key=lambda lr: max(lr / learned, learned / lr))
     return tuple(learned if lr == nearest else lr for lr in recipe.lrs)
-
-
-def label_networks(networks: Sequence[NetSpec]) -> list[str]:
-    """A name for each network: its own, with the options given where two networks share a name."""
-    shared = Counter(net.name for net in networks)
-    return [_spelled(net) if shared[net.name] > 1 else net.name for net in networks]
-
-
-def _spelled(net: NetSpec) -> str:
-    given = [f"{key}={value}" for key, value in net.to_dict().items() if key != "name" and value is not None]
-    return f"{net.name}({', '.join(given)})" if given else net.name
 
 
 def count_for_bytes(nbytes: int, fit: Images) -> int:
@@ -235,12 +223,6 @@ def seen_by(manifest: Mapping[str, Any], spec: NetSpec) -> bool | None:
     if not isinstance(used, Mapping) or not isinstance(used.get("name"), str):
         return None
     return family(used["name"]) == family(spec.name)
-
-
-def cost_of(manifest: Mapping[str, Any]) -> Record:
-    """What distillation cost, from the set's provenance; None where that is not recorded."""
-    provenance = manifest.get("provenance") or {}
-    return {name: provenance.get(name) for name in ("seconds", "steps", "peak_memory_bytes", "device")}
 
 
 def _source_matches(images: Images, fit: Images) -> bool | None:

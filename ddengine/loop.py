@@ -17,9 +17,10 @@ import torch
 from ddengine import __version__, checkpoint, files
 from ddengine.errors import ArtefactError, DDError, Interrupted, UsageError
 from ddengine.nets import resolve
+from ddengine.nets.graph import resolve_graph
 from ddengine.parallel import signals
 from ddengine.rng import Rng
-from ddengine.types import Matcher, Metrics, Task, Workspace
+from ddengine.types import Matcher, Metrics, Task, Workspace, no_budget
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -120,7 +121,16 @@ def _silent(text: str) -> None:
 
 
 def check_fit(task: Task, matcher: Matcher[Any]) -> None:
-    """Refuse a task whose budget or experts do not fit the matcher (UsageError)."""
+    """Refuse a task whose source, budget or experts do not fit the matcher (UsageError)."""
+    if matcher.accepts.source not in ("any", task.kind):
+        raise UsageError(
+            f"this matcher works on {matcher.accepts.source}, '{task.source.spec.name}' holds {task.kind}",
+            "Give matcher=computation_tree, tree_herding, random or kcenter for graphs"
+            if task.kind == "graphs"
+            else "Give one of the matchers for images, such as matcher=attention",
+        )
+    if task.budget is None and matcher.accepts.budget:
+        raise no_budget()
     if matcher.accepts.experts and task.experts is None:
         raise UsageError(
             "this matcher learns from experts and was given none",
@@ -128,6 +138,12 @@ def check_fit(task: Task, matcher: Matcher[Any]) -> None:
         )
     if task.precision == "bf16" and not matcher.accepts.bf16:
         raise UsageError("this matcher computes in float32, precision=bf16 was given", "Give precision=fp32")
+    if task.kind == "images":
+        _check_count(task)
+
+
+def _check_count(task: Task) -> None:
+    """Refuse more images per class than the smallest class has (UsageError)."""
     ipc = task.ipc
     smallest = min(range(len(task.source.counts)), key=task.source.counts.__getitem__)
     if ipc > task.source.counts[smallest]:
@@ -143,17 +159,21 @@ def run_identity(task: Task, matcher: Matcher[Any], seed: int) -> dict[str, Any]
     kind = type(matcher)
     return {
         "matcher": {"type": f"{kind.__module__}.{kind.__qualname__}", **_plain(asdict(matcher))},  # type: ignore[call-overload]
-        "budget": asdict(task.budget),
+        "budget": None if task.budget is None else asdict(task.budget),
         "dataset": {
             "name": task.source.spec.name,
             "fingerprint": task.source.spec.fingerprint,
             "preprocessing": task.source.spec.preprocessing,
-            "shape": list(task.source.spec.shape),
+            **({"shape": list(task.images.spec.shape)} if task.kind == "images" else _graph_identity(task)),
         },
         "precision": task.precision,
         "seed": seed,
         **({"experts": task.experts.identity} if matcher.accepts.experts else {}),
     }
+
+
+def _graph_identity(task: Task) -> dict[str, Any]:
+    return {"kind": "graphs", "shape": list(task.graphs.spec.node_sizes)}
 
 
 def _plain(value: Any) -> Any:
@@ -165,11 +185,11 @@ def _plain(value: Any) -> Any:
 def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
     """What the manifest tells a judge: the protocol, the network that distilled the set, and the dataset."""
     network = getattr(matcher, "network", None)
-    return {
-        "protocol": "standard-v1",
-        "network": None if network is None else resolve(network, task.source.spec.shape).to_dict(),
-        "dataset": _plain(dict(task.origin)) or {"name": task.source.spec.name},
-    }
+    if network is not None:
+        graphs = task.kind == "graphs"
+        network = (resolve_graph(network) if graphs else resolve(network, task.images.spec.shape)).to_dict()
+    dataset = _plain(dict(task.origin)) or {"name": task.source.spec.name}
+    return {"protocol": "standard-v1", "network": network, "dataset": dataset}
 
 
 def open_run(folder: Path, identity: Mapping[str, Any]) -> DistilledSet | None:

@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ddengine.errors import one_line
-from ddengine.report import HEAD, LEFT, cells, curve_ends, not_evaluated, settings, title, verdicts
+from ddengine.report import (
+    HEAD,
+    LEFT,
+    by_metric,
+    cells,
+    curve_ends,
+    head,
+    not_evaluated,
+    settings,
+    title,
+    verdicts,
+)
 
 Number = float | int
 COLOURS = 6  # of runs in one plot; further runs repeat them with dashes
@@ -103,11 +114,17 @@ def _section(run: Mapping[str, Any]) -> Iterator[str]:
     pairs = (f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in settings(run))
     yield f"<dl>{''.join(pairs)}</dl>"
     if run["preview"]:
-        alt = f"the distilled images, one row a class: {', '.join(run['set']['dataset']['classes'][:20])}"
-        yield '<h3>The distilled images</h3><figure class="picture">'
+        what = "trees" if "trees" in run["set"]["budget"] else "images"
+        alt = f"the distilled {what}, one row a class: {', '.join(run['set']['dataset']['classes'][:20])}"
+        yield f'<h3>The distilled {what}</h3><figure class="picture">'
         yield f'<img alt="{text(alt)}" src="data:image/png;base64,{text(run["preview"])}"></figure>'
     yield "<h3>Evaluation</h3>"
-    yield from _evaluation(run["table"]) if run["table"] else [f"<p>{text(not_evaluated(run))}</p>"]
+    if run["table"]:
+        yield f"<p>{text(title(run['table']))}</p>"
+        for table in by_metric(run["table"]):
+            yield from _evaluation(table)
+    else:
+        yield f"<p>{text(not_evaluated(run))}</p>"
     yield "<h3>Commands</h3>"
     absent = "made from Python or by the demo: no command line says this"
     for name in ("distill", "evaluate"):
@@ -117,9 +134,8 @@ def _section(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _evaluation(table: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<p>{text(title(table))}</p>"
-    sides = [""] * LEFT + [' class="right"'] * (len(HEAD) - LEFT)
-    heads = (f'<th{side} scope="col"><button>{text(name)}</button></th>' for name, side in _zip(HEAD, sides))
+    sides, names = [""] * LEFT + [' class="right"'] * (len(HEAD) - LEFT), head(table)
+    heads = (f'<th{side} scope="col"><button>{text(name)}</button></th>' for name, side in _zip(names, sides))
     yield f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>'
     for row, shown in _zip(table["rows"], cells(table)):
         found = (
@@ -129,7 +145,9 @@ def _evaluation(table: Mapping[str, Any]) -> Iterator[str]:
         yield f"<tr>{''.join(found)}</tr>"
     yield "</tbody></table></div>"
     yield "".join(f"<p>{text(verdict)}</p>" for verdict in verdicts(table))
-    yield f"<h3>Accuracy, 0 to 100 %, with 95 % intervals of the mean</h3>{_bars(table)}"
+    metric = names[LEFT].removesuffix(" %")
+    said = f"{metric[0].upper()}{metric[1:]}, 0 to 100 %, with 95 % intervals of the mean"
+    yield f"<h3>{text(said)}</h3>{_bars(table)}"
 
 
 def _zip(*columns: Any) -> Any:
@@ -139,7 +157,8 @@ def _zip(*columns: Any) -> Any:
 def _keys(row: Mapping[str, Any]) -> list[Any]:
     """What the columns of HEAD are sorted by."""
     interval = row["ci95"][0] if row["ci95"] else -1
-    numbers = [row["mean"], interval, row["n"], row.get("lr", -1), row["steps"], row["bytes"]["total"]]
+    rate = -1 if row.get("lr") is None else row["lr"]
+    numbers = [row["mean"], interval, row["n"], rate, row["steps"], row["bytes"]["total"]]
     return [row["name"], row["network"], *numbers]
 
 

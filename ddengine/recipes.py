@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 import matchers
-from ddengine import data, files, judge, loop
+from ddengine import data, files, graph_judge, judge, loop
 from ddengine.artefacts import artefact, named, run_of
 from ddengine.config import (
     BufferConfig,
@@ -19,12 +19,16 @@ from ddengine.config import (
     DatasetConfig,
     DistillConfig,
     EvaluateConfig,
+    EvaluateGraphsConfig,
+    GraphDatasetConfig,
     ImportConfig,
     NetworkConfig,
     RecipeConfig,
 )
-from ddengine.data import Dataset
+from ddengine.data import Dataset, GraphDataset
 from ddengine.errors import UsageError, require, require_positive, unknown
+from ddengine.graph_train import GraphRecipe
+from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
@@ -48,7 +52,7 @@ class Watch:
 
 
 def task(
-    source: str | Images | Dataset,
+    source: str | Images | Graphs | Dataset | GraphDataset,
     *,
     ipc: int | None = None,
     nbytes: int | None = None,
@@ -57,20 +61,28 @@ def task(
     precision: str = "auto",
     **load: Any,
 ) -> Task:
-    """What a matcher works on: a dataset's name, a loaded dataset, or Images.
+    """What a matcher works on: a dataset's name, a loaded dataset, Images or Graphs.
 
-    `load` goes to `ddengine.data.load` with the name. Give `ipc` images per class or `nbytes`. Of a dataset
-    only the fit part is taken. Raises UsageError.
+    `load` goes to `ddengine.data.load` with the name, for a collection of graph sets to `load_graphs`, as in
+    `task("tu", name="MUTAG", ipc=5)`. Give `ipc` images or items per class or `nbytes`; graphs need neither
+    where the matcher sets the size. Of a dataset only the fit part is taken. Raises UsageError.
     """
     where = _device(device)
-    made = {"budget": Budget(ipc, nbytes), "experts": experts, "device": where}
+    graphs = isinstance(source, Graphs | GraphDataset) or source in data.GRAPH_COLLECTIONS
+    budget = None if graphs and ipc is None and nbytes is None else Budget(ipc, nbytes)
+    made: dict[str, Any] = {"budget": budget, "experts": experts, "device": where}
     precise = _precision(precision, where)
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
     if isinstance(source, Images):
         return Task(as_source(source), **made, precision=precise)
-    if isinstance(source, Dataset):
+    if isinstance(source, Graphs):
+        return Task(as_graph_source(source), **made, precision=precise)
+    if isinstance(source, Dataset | GraphDataset):
         return Task(source.fit, **made, precision=precise, origin={"name": source.fit.spec.name})
+    if source in data.GRAPH_COLLECTIONS:
+        loaded = data.load_graphs(source, **load)
+        return Task(loaded.fit, **made, precision=precise, origin={"collection": source, **_plain(load)})
     dataset = data.load(source, **load)
     return Task(dataset.fit, **made, precision=precise, origin={"name": source, **_plain(load)})
 
@@ -131,13 +143,59 @@ def evaluate(
     return table
 
 
+def evaluate_graphs(
+    path: str | Path | DistilledSet,
+    *,
+    dataset: GraphDataset | None = None,
+    networks: Sequence[str | NetSpec] | None = None,
+    protocol: str = graph_judge.PROTOCOL,
+    seeds: int = 5,
+    seed: int = 0,
+    rows: Sequence[str] = graph_judge.GRAPH_ROWS,
+    recipe: GraphRecipe = GraphRecipe(),
+    workers: int = 1,
+    watch: Watch = Watch(),
+    out: Path | None = None,
+    **load: Any,
+) -> Table:
+    """Judge a distilled set of graphs, as `evaluate` does one of images (`graph_judge.evaluate_graphs`).
+
+    `load` are arguments of `ddengine.data.load_graphs` that replace those which the manifest names.
+    """
+    distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
+    if dataset is None:
+        dataset = data.load_graphs(**{**named(distilled, "dataset"), **load})
+    _check_same(distilled, dataset, watch)
+    folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
+    if folder is not None:
+        files.make_folder(folder)
+    bar = watch.bar("evaluating")
+    table = graph_judge.evaluate_graphs(
+        distilled,
+        dataset,
+        networks=_networks(networks, NetSpec(**named(distilled, "network"))),
+        protocol=protocol,
+        seeds=seeds,
+        seed=seed,
+        rows=rows,
+        recipe=recipe,
+        workers=workers,
+        log=(lambda record: files.append_json_line(folder / "results.jsonl", record)) if folder else None,
+        on_progress=lambda done, total: bar(done, total, {}),
+    )
+    if folder is not None:
+        files.write_json(folder / "table.json", table.to_json())
+    return table
+
+
 def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     """`ddengine distill`: load the fit part, run the matcher, keep everything in the run's folder."""
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     options = {key: value for key, value in vars(config.matcher).items() if key != "name"}
     algorithm = matchers.make(config.matcher.name, _spec(config.network), **_tuples(options))
-    budget = Budget(config.ipc, config.budget.nbytes)
+    unsaid = config.ipc is None and config.budget.nbytes is None
+    budget = None if unsaid and not algorithm.accepts.budget else Budget(config.ipc, config.budget.nbytes)
     folder = Path(config.out or _default_out(config)).expanduser()
     where = _device(config.device)
     precision = _precision(config.precision, where, algorithm.accepts.bf16)
@@ -201,8 +259,10 @@ def run_import(paths: Sequence[Path], config: ImportConfig, watch: Watch) -> Exp
     )
 
 
-def run_evaluate(path: Path, config: EvaluateConfig, watch: Watch) -> Table:
+def run_evaluate(path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watch: Watch) -> Table:
     """`ddengine evaluate PATH`: the set, the data that its manifest or the command names, the whole table."""
+    if isinstance(config, EvaluateGraphsConfig):
+        return _run_evaluate_graphs(path, config, watch)
     distilled = DistilledSet.load(artefact(path))
     recipe = _recipe(config.recipe, distilled.spec.name)
     where = _device(config.device)
@@ -223,7 +283,24 @@ def run_evaluate(path: Path, config: EvaluateConfig, watch: Watch) -> Table:
     )
 
 
-def _chosen(config: EvaluateConfig, distilled: DistilledSet) -> list[NetSpec]:
+def _run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch) -> Table:
+    recipe = GraphRecipe(**_tuples(vars(config.recipe)))
+    return evaluate_graphs(
+        path,
+        dataset=_load(config.dataset, watch),
+        networks=_chosen(config, DistilledSet.load(artefact(path))),
+        protocol=config.protocol,
+        seeds=config.seeds,
+        seed=config.seed,
+        rows=config.rows,
+        recipe=recipe,
+        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        watch=watch,
+        out=Path(config.out).expanduser() if config.out else None,
+    )
+
+
+def _chosen(config: EvaluateConfig | EvaluateGraphsConfig, distilled: DistilledSet) -> list[NetSpec]:
     """The networks to judge with; the manifest's own has its options there where the command gives none."""
     own = named(distilled, "network")
     given = {key: value for key, value in vars(config.network).items() if key != "name" and value is not None}
@@ -237,22 +314,27 @@ def _networks(names: Sequence[str | NetSpec] | None, own: NetSpec) -> list[NetSp
     return [(own if name == own.name else NetSpec(name)) if isinstance(name, str) else name for name in names]
 
 
-def _check_same(distilled: DistilledSet, dataset: Dataset, watch: Watch) -> None:
-    mine, theirs = distilled.classes, dataset.fit.spec.classes
+def _check_same(distilled: DistilledSet, dataset: Dataset | GraphDataset, watch: Watch) -> None:
+    mine, theirs = distilled.classes, dataset.spec.classes
     if mine != theirs:
         first = next(pair for pair in zip_longest(mine, theirs, fillvalue="nothing") if pair[0] != pair[1])
         raise UsageError(
-            f"the set's {len(mine)} classes are not the {len(theirs)} of '{dataset.fit.spec.name}': "
+            f"the set's {len(mine)} classes are not the {len(theirs)} of '{dataset.spec.name}': "
             f"'{first[0]}' there is '{first[1]}' here",
             "Evaluate with the dataset that the set was made from",
         )
-    if distilled.spec.fingerprint != dataset.fit.spec.fingerprint:
+    if distilled.spec.fingerprint != dataset.spec.fingerprint:
         watch.notice(
             "warning: this dataset is not the one that the set was made from (their fingerprints differ)"
         )
 
 
-def _load(config: DatasetConfig, watch: Watch) -> Dataset:
+def _load(config: Any, watch: Watch) -> Any:
+    if isinstance(config, GraphDatasetConfig):
+        graphs = data.load_graphs(**vars(config))
+        for note in graphs.notes:
+            watch.notice(note)
+        return graphs
     dataset = data.load(
         config.name,
         root=config.root,
@@ -266,11 +348,10 @@ def _load(config: DatasetConfig, watch: Watch) -> Dataset:
     return dataset
 
 
-def _given(config: DatasetConfig) -> dict[str, Any]:
+def _given(config: DatasetConfig | GraphDatasetConfig) -> dict[str, Any]:
     """What of a dataset's configuration is not the default: enough to load it again."""
-    default = DatasetConfig(config.name)
-    values = _plain(vars(config))
-    return {key: value for key, value in values.items() if key == "name" or value != getattr(default, key)}
+    default, values = type(config)(), _plain(vars(config))
+    return {key: value for key, value in values.items() if value != getattr(default, key)}
 
 
 def _plain(load: Mapping[str, Any]) -> dict[str, Any]:
@@ -296,7 +377,7 @@ def _recipe(config: RecipeConfig, dataset: str) -> Recipe:
 
 
 def _default_out(config: DistillConfig) -> str:
-    size = f"ipc{config.ipc}" if config.ipc is not None else f"bytes{config.budget.nbytes}"
+    size = f"ipc{config.ipc}" if config.ipc is not None else f"bytes{config.budget.nbytes or ''}"
     return f"runs/{config.dataset.name}_{config.matcher.name}_{size}_seed{config.seed}"
 
 

@@ -7,13 +7,19 @@ from typing import Any
 from ddengine.errors import one_line
 
 HEAD = ("set", "network", "accuracy %", "95 % interval", "n", "lr", "steps", "bytes")
+METRICS = {"accuracy": "accuracy", "roc_auc": "ROC-AUC"}
+RIVALS = ("random", "random_bytes")  # the first that a table has is what the set is compared with
 LEFT = 2  # columns of words; the others are numbers and align right
 SHOWN = 20  # class names of a run that are listed
 
 
 def table_text(table: Mapping[str, Any]) -> str:
-    """The table as aligned plain text, one line per row, with a title above and the verdict below."""
-    rows = [HEAD, *cells(table)]
+    """The table as aligned plain text for each metric: a title, one line per row, the verdict."""
+    return "\n".join(map(_text, by_metric(table)))
+
+
+def _text(table: Mapping[str, Any]) -> str:
+    rows = [head(table), *cells(table)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -21,11 +27,31 @@ def table_text(table: Mapping[str, Any]) -> str:
 
 
 def table_markdown(table: Mapping[str, Any]) -> str:
-    """The table as Markdown, with a title above and the verdict below as a list."""
+    """The table as Markdown for each metric, with a title above and the verdict below as a list."""
+    return "\n".join(map(_markdown, by_metric(table)))
+
+
+def _markdown(table: Mapping[str, Any]) -> str:
     rule = [":--"] * LEFT + ["--:"] * (len(HEAD) - LEFT)
-    lines = [_markdown_row(row) for row in (HEAD, rule, *cells(table))]
+    lines = [_markdown_row(row) for row in (head(table), rule, *cells(table))]
     notes = [f"- {_literal(verdict)}" for verdict in verdicts(table)]
     return "\n".join([f"**{_literal(title(table))}**", "", *lines, "", *notes]).rstrip() + "\n"
+
+
+def by_metric(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table once for each metric that its rows have, with the rows of that metric."""
+    metrics = dict.fromkeys(_metric(row) for row in table["rows"])
+    return [{**table, "rows": [r for r in table["rows"] if _metric(r) == name]} for name in metrics]
+
+
+def head(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """The heads of the columns of a table of one metric."""
+    name = _metric(table["rows"][0])
+    return (*HEAD[:LEFT], f"{METRICS.get(name, name)} %", *HEAD[LEFT + 1 :])
+
+
+def _metric(row: Mapping[str, Any]) -> str:
+    return str(row.get("metric", "accuracy"))
 
 
 def run_markdown(run: Mapping[str, Any]) -> str:
@@ -56,11 +82,12 @@ def settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was distilled and how: pairs of a name and a line; what only a finished run has may be absent."""
     identity, made = run["run"], run["set"]
     dataset, matcher = identity["dataset"], identity["matcher"]
-    shape = "x".join(map(str, dataset["shape"]))
+    shape, kind = "x".join(map(str, dataset["shape"])), dataset.get("kind", "images")
+    shape = f"images of {shape}" if kind == "images" else f"graphs of {shape} node label codes"
     options = {key: value for key, value in matcher.items() if key not in ("type", "options", "network")}
     network = matcher.get("network") if made is None else made["recipe"].get("network")
     found = [
-        ("dataset", f"{dataset['name']}, images of {shape}, {dataset.get('preprocessing', '?')}"),
+        ("dataset", f"{dataset['name']}, {shape}, {dataset.get('preprocessing', '?')}"),
         ("classes", "" if made is None else _some(made["dataset"]["classes"])),
         ("matcher", matcher["type"]),
         ("options", _pairs({**options, **(matcher.get("options") or {})})),
@@ -74,9 +101,11 @@ def settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _costs(made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    how, parts = made["provenance"], ("images", "labels", "extras", "total")
-    yield "size", f"{made['count']} images ({made['kind']}, labels: {made['y_kind']})"
-    yield "bytes", ", ".join(f"{part} {made['budget'][part]:,}" for part in parts)
+    how, budget = made["provenance"], made["budget"]
+    parts = [part for part in ("images", "trees", "labels", "extras", "total") if part in budget]
+    what = "items" if "trees" in budget else "images"
+    yield "size", f"{made['count']} {what} ({made['kind']}, labels: {made['y_kind']})"
+    yield "bytes", ", ".join(f"{part} {budget[part]:,}" for part in parts)
     yield "cost", ", ".join(f"{key} {how.get(key, '?')}" for key in ("steps", "seconds", "peak_memory_bytes"))
     yield "made on", f"{how.get('device', '?')}, threads {how.get('threads', '?')}"
     yield "versions", _pairs(how.get("versions"))
@@ -118,9 +147,10 @@ def title(table: Mapping[str, Any]) -> str:
     return f"{table['dataset']}, {table['protocol']}{seed}"
 
 
-def verdicts(table: Mapping[str, Any], subject: str = "distilled", rival: str = "random") -> list[str]:
-    """One sentence per network: how far `subject` is from `rival`, and whether their intervals are apart."""
+def verdicts(table: Mapping[str, Any], subject: str = "distilled") -> list[str]:
+    """One sentence per network: how far `subject` is from random, and whether their intervals are apart."""
     by_key = {(row["network"], row["name"]): row for row in table["rows"]}
+    rival = next((name for name in RIVALS for row in table["rows"] if row["name"] == name), RIVALS[0])
     networks = dict.fromkeys(row["network"] for row in table["rows"])
     pairs = [(net, by_key.get((net, subject)), by_key.get((net, rival))) for net in networks]
     return [_verdict(net, mine, theirs) for net, mine, theirs in pairs if mine and theirs]
@@ -147,7 +177,7 @@ def cells(table: Mapping[str, Any]) -> list[tuple[str, ...]]:
             _percent(row["mean"]) + ("" if row["std"] is None else f" ± {_percent(row['std'])}"),
             "-" if row["ci95"] is None else " to ".join(_percent(end) for end in row["ci95"]),
             str(row["n"]),
-            f"{row['lr']:.3g}" if "lr" in row else "-",
+            "-" if row.get("lr") is None else f"{row['lr']:.3g}",
             str(row["steps"]),
             f"{row['bytes']['total']:,}",
         )

@@ -147,7 +147,7 @@ ROW: dict[str, Check] = {
     "ci95": lambda value: value is None or (_numbers(value) and len(value) == 2),
     "n": _whole,
     "values": _numbers,
-    "lr": _number,
+    "lr": lambda value: value is None or _number(value),
     "steps": _whole,
     "bytes": lambda value: _fits({"total": _whole}, value),
     "network_spec": _mapping,
@@ -162,5 +162,5 @@ TABLE: dict[str, Check] = {
 IDENTITY: dict[str, Check] = {
     "matcher": lambda value: _fits({"type": _text}, value),
     "dataset": lambda value: _fits({"name": _text, "shape": _numbers}, value),
-    "budget": _mapping,
+    "budget": lambda value: value is None or _mapping(value),
 }

@@ -1,13 +1,15 @@
 """What the judge reports: rows, the table, and the statistics of a row; `to_json` is the `--json` object."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
+from typing import Any, Protocol, runtime_checkable
 
 from scipy import stats
 
 from ddengine.bench import Record
-from ddengine.train import Recipe
+from ddengine.nets.core import NetSpec
 
 PROTOCOL = "standard-v1"
 
@@ -22,9 +24,33 @@ def spread(values: Sequence[float]) -> tuple[float, float | None, tuple[float, f
     return mean, std, (mean - half, mean + half)
 
 
+def label_networks(networks: Sequence[NetSpec]) -> list[str]:
+    """A name for each network: its own, with the options given where two networks share a name."""
+    shared = Counter(net.name for net in networks)
+    return [_spelled(net) if shared[net.name] > 1 else net.name for net in networks]
+
+
+def _spelled(net: NetSpec) -> str:
+    given = [f"{key}={value}" for key, value in net.to_dict().items() if key != "name" and value is not None]
+    return f"{net.name}({', '.join(given)})" if given else net.name
+
+
+def cost_of(manifest: Mapping[str, Any]) -> Record:
+    """What distillation cost, from the set's provenance; None where that is not recorded."""
+    provenance = manifest.get("provenance") or {}
+    return {name: provenance.get(name) for name in ("seconds", "steps", "peak_memory_bytes", "device")}
+
+
+@runtime_checkable
+class Spelled(Protocol):
+    """A recipe, as far as a table shows it."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Row:
-    """One training set under one network: test accuracies of fresh networks and what they cost.
+    """One training set under one network: test scores of fresh networks and what they cost.
 
     `values` are fractions, one for each seed; `trials` the validation accuracy at each rate; `nbytes` the
     bytes of images, labels and extras; `train_seconds` the sum over all networks of the row.
@@ -35,18 +61,19 @@ class Row:
     values: tuple[float, ...]
     steps: int
     nbytes: Mapping[str, int]
-    lr: float
+    lr: float | None
     trials: tuple[Record, ...]
     train_seconds: float
     count: int
     ipc: float
     network_spec: Record
     seen_by_matcher: bool | None = None
+    metric: str = "accuracy"
 
     def to_json(self) -> Record:
         """The row as plain JSON values, statistics included."""
         mean, std, ci95 = spread(self.values)
-        head = {"name": self.name, "network": self.network, "metric": "accuracy", "mean": mean, "std": std}
+        head = {"name": self.name, "network": self.network, "metric": self.metric, "mean": mean, "std": std}
         body = {"n": len(self.values), "ci95": ci95 and list(ci95), "values": list(self.values)}
         cost = {"steps": self.steps, "bytes": dict(self.nbytes), "train_seconds": self.train_seconds}
         choice = {"lr": self.lr, "trials": [dict(trial) for trial in self.trials]}
@@ -61,16 +88,18 @@ class Table:
 
     dataset: str
     rows: tuple[Row, ...]
-    recipe: Recipe
+    recipe: Spelled
     seed: int
     cost: Record
     source_matches: bool | None
     scores: Record = field(default_factory=dict)
     protocol: str = PROTOCOL
+    seeds: int | None = None  # networks of each kind, where not all of them are reported
 
     def to_json(self) -> Record:
         """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
         rows = [row.to_json() for row in self.rows]
         head = {"protocol": self.protocol, "dataset": self.dataset, "rows": rows, "scores": dict(self.scores)}
         setting = {"recipe": self.recipe.to_dict(), "seed": self.seed, "cost": self.cost}
-        return head | setting | {"source_matches": self.source_matches}
+        trained = {} if self.seeds is None else {"seeds": self.seeds}
+        return head | setting | trained | {"source_matches": self.source_matches}

@@ -1,6 +1,6 @@
 """The core types that all parts share, and the contracts between them.
 
-Letters: n real, m synthetic, k classes, c h w an image, p flat parameters.
+Letters: n real, m synthetic, k classes, c h w an image, p flat parameters. Graphs have their own module.
 """
 
 import hashlib
@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
+from ddengine.graphs import Graphs
 from ddengine.rng import Rng
 
 Metrics = dict[str, Any]
-Part = Literal["images", "labels", "extras"]
+Part = Literal["images", "trees", "labels", "extras"]
 LABEL_KINDS = ("class", "prob", "logit")
 
 
@@ -150,7 +151,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.ipc is None) == (self.nbytes is None):
-            raise UsageError("a budget needs either ipc or nbytes", "Give for example ipc=10")
+            raise no_budget()
         require_positive("ipc" if self.nbytes is None else "budget.nbytes", self.ipc or self.nbytes or 0)
 
     def images_per_class(self, spec: DataSpec) -> int:
@@ -169,6 +170,11 @@ class Budget:
         return ipc
 
 
+def no_budget() -> UsageError:
+    """The error for a budget that says nothing, or two things."""
+    return UsageError("a budget needs either ipc or nbytes", "Give for example ipc=10")
+
+
 def label_bytes(classes: int) -> int:
     """Bytes of one stored class number."""
     return 1 if classes <= 256 else 2 if classes <= 2**15 else 4
@@ -176,10 +182,10 @@ def label_bytes(classes: int) -> int:
 
 @runtime_checkable
 class SynthSet(Protocol):
-    """A parametrised synthetic set: free tensors in, labelled images out."""
+    """A parametrised synthetic set: free tensors in, labelled images, graphs or trees out."""
 
     @property
-    def spec(self) -> DataSpec: ...
+    def spec(self) -> Any: ...
 
     @property
     def nbytes(self) -> Mapping[str, int]: ...
@@ -188,19 +194,20 @@ class SynthSet(Protocol):
 
     def replace(self, params: Mapping[str, Tensor]) -> "SynthSet": ...
 
-    def decode(self, indices: Tensor | None = None) -> Images: ...
+    def decode(self, indices: Tensor | None = None) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Task:
     """All that a matcher may see: the fit part of a real set, the budget, experts, and where to compute.
 
-    There is no field for validation or test data. `origin` says how the source was loaded (arguments of
-    `ddengine.data.load`), so that a judge can load the same.
+    There is no field for validation or test data. A budget of None leaves the size to a matcher that knows
+    it. `origin` says how the source was loaded (arguments of `ddengine.data.load` or `load_graphs`), so that
+    a judge can load the same.
     """
 
-    source: Images
-    budget: Budget
+    source: Images | Graphs
+    budget: Budget | None
     experts: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
@@ -212,14 +219,35 @@ class Task:
         empty = [name for name, n in zip(self.source.spec.classes, counts, strict=True) if n == 0]
         if empty:
             raise UsageError(
-                f"class '{empty[0]}' has no image to learn from ({len(empty)} empty classes)",
-                "Add images to that class or remove it",
+                f"class '{empty[0]}' has no {self.kind[:-1]} to learn from ({len(empty)} empty classes)",
+                f"Add {self.kind} to that class or remove it",
             )
 
     @property
+    def kind(self) -> str:
+        """What the source holds: "images" or "graphs"."""
+        return "images" if isinstance(self.source, Images) else "graphs"
+
+    @property
+    def images(self) -> Images:
+        """The source of a task on images (UsageError for any other)."""
+        if not isinstance(self.source, Images):
+            raise UsageError("this task has graphs, not images", "Give images or a matcher for graphs")
+        return self.source
+
+    @property
+    def graphs(self) -> Graphs:
+        """The source of a task on graphs (UsageError for any other)."""
+        if not isinstance(self.source, Graphs):
+            raise UsageError("this task has images, not graphs", "Give graphs or a matcher for images")
+        return self.source
+
+    @property
     def ipc(self) -> int:
-        """Images per class that the budget allows."""
-        return self.budget.images_per_class(self.source.spec)
+        """Images per class that the budget allows (UsageError where there is no budget)."""
+        if self.budget is None:
+            raise no_budget()
+        return self.budget.images_per_class(self.images.spec)
 
 
 @dataclass
@@ -227,7 +255,7 @@ class Workspace:
     """What is rebuilt on every start and never saved: the task and data resident on its device."""
 
     task: Task
-    data: Images
+    data: Any
     extra: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what the user should know of how the run is prepared
 
@@ -245,12 +273,16 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Accepts:
-    """What a matcher can work on."""
+    """What a matcher can work on: `source` is "images", "graphs" or "any".
+
+    `budget` says whether it must be told how much a set may hold.
+    """
 
     source: str = "images"
     experts: bool = False
     batch_norm: bool = False
     bf16: bool = True
+    budget: bool = True
 
 
 S = TypeVar("S")

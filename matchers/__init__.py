@@ -12,14 +12,18 @@ from ddengine.errors import UsageError, unknown
 from ddengine.nets.core import NetSpec
 from ddengine.types import Matcher
 from matchers.attention import AttentionMatching
+from matchers.computation_tree import ComputationTree
 from matchers.distribution import DistributionMatching
 from matchers.subset import SubsetSelection
 from matchers.trajectory import TrajectoryMatching
+from matchers.tree_herding import TreeHerding
 
 MATCHERS: dict[str, Any] = {
     "attention": AttentionMatching(),
     "distribution": DistributionMatching(),
     "trajectory": TrajectoryMatching(),
+    "computation_tree": ComputationTree(),
+    "tree_herding": TreeHerding(),
     "random": SubsetSelection("random"),
     "herding": SubsetSelection("herding"),
     "kmeans": SubsetSelection("kmeans"),

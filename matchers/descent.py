@@ -84,8 +84,8 @@ def check_options(o: Any) -> None:
 
 def start(task: Task, rng: Rng, name: str, codec: str) -> PixelState:
     """Hard-labelled pixels at `task.ipc` images per class from the start called `name`, at rest."""
-    spec = task.source.spec
-    images = start_images(name, task.source, task.ipc, rng.fold("start")).to(task.device)
+    spec = task.images.spec
+    images = start_images(name, task.images, task.ipc, rng.fold("start")).to(task.device)
     labels = torch.arange(len(spec.classes), device=task.device).repeat_interleave(task.ipc)
     synth = Pixels(images, labels, spec, codec=codec)
     return PixelState(0, synth, {key: torch.zeros_like(value) for key, value in synth.params().items()})
@@ -98,21 +98,21 @@ def accepted(o: DescentOptions) -> Accepts:
 
 def workspace(task: Task, network: NetSpec, o: DescentOptions) -> Workspace:
     """The task with its data resident on the device and one network whose weights each step draws anew."""
-    spec, classes = task.source.spec, len(task.source.spec.classes)
+    spec, classes = task.images.spec, len(task.images.spec.classes)
     net = build(resolve(network, spec.shape), spec.shape, classes, Rng(0).torch("weights"))
     net = net.to(task.device).to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
     extra = {"net": net, "together": has_batch_norm(net)}
     if o.networks == "buffer":
         extra["experts"] = _experts(task, network, o.window)
-    return Workspace(task, task.source.to(task.device), extra)
+    return Workspace(task, task.images.to(task.device), extra)
 
 
 def checked(task: Task, network: NetSpec) -> NetSpec:
     """The resolved network, after the task's buffer was found to fit it (UsageError)."""
     if not isinstance(task.experts, ExpertBuffer):
         raise UsageError(f"experts are a {type(task.experts).__name__}", "Give an ExpertBuffer: experts=DIR")
-    resolved = resolve(network, task.source.spec.shape)
-    task.experts.check(task.source.spec, resolved)
+    resolved = resolve(network, task.images.spec.shape)
+    task.experts.check(task.images.spec, resolved)
     return resolved
 
 

@@ -78,9 +78,9 @@ def probe(
     net: nn.Module, spec: ParamSpec, task: Task, batch: int | None, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters, images and labels in the shapes that a student of `task` meets, to try derivatives on."""
-    classes = len(task.source.spec.classes)
+    classes = len(task.images.spec.classes)
     count = min(batch or task.ipc * classes, task.ipc * classes)
-    x = torch.randn(count, *task.source.spec.shape, generator=Rng(0).torch("probe")).to(task.device)
+    x = torch.randn(count, *task.images.spec.shape, generator=Rng(0).torch("probe")).to(task.device)
     y = torch.arange(count, device=task.device) % classes
     labels = F.one_hot(y, classes).to(x) if soft else y
     return spec.flatten(dict(net.named_parameters())), x, labels

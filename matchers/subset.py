@@ -1,7 +1,8 @@
-"""Subset baselines through the matcher contract: real images chosen without any training.
+"""Subset baselines through the matcher contract: real images or graphs chosen without any training.
 
 `random` (uniform), `herding` (Welling 2009), `kmeans` (the real image nearest each centre), `kcenter` (greedy
-farthest point): the selections are `synth.starts`; here they become sets of real uint8 images.
+farthest point): the selections are `synth.starts` and, for graphs in the space of their computation trees,
+`synth.graph_starts`; here they become sets of real uint8 images or graphs.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from ddengine.errors import require
 from ddengine.nets.core import NetSpec
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from matchers.real_graphs import depth_of, pick
 from synth import Subset
+from synth.graph_subset import stored_graphs
 from synth.starts import SELECTIONS
 
 
@@ -33,13 +36,13 @@ class SubsetOptions:
 
 @dataclass(frozen=True)
 class SubsetSelection:
-    """A matcher of no steps: `init` picks, `finish` copies the real images."""
+    """A matcher of no steps: `init` picks, `finish` copies the real images or graphs."""
 
     selection: str = "random"
     options: SubsetOptions = SubsetOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", batch_norm=True)
+    accepts: ClassVar[Accepts] = Accepts(source="any", batch_norm=True)
 
     def __post_init__(self) -> None:
         require(self.selection, SELECTIONS, "selection")
@@ -53,13 +56,18 @@ class SubsetSelection:
         return Workspace(task, task.source)
 
     def init(self, task: Task, rng: Rng) -> SubsetState:
-        """The selection at `task.ipc` images per class."""
-        return SubsetState(0, SELECTIONS[self.selection](task.source, task.ipc, rng.fold("start")))
+        """The selection at `task.ipc` images per class, of graphs what fills the budget."""
+        if task.kind == "graphs":
+            hops, degree = depth_of(self.network, None, None)
+            return SubsetState(0, pick(task, self.selection, hops, degree, rng.fold("start")))
+        return SubsetState(0, SELECTIONS[self.selection](task.images, task.ipc, rng.fold("start")))
 
     def step(self, state: SubsetState, work: Workspace, rng: Rng) -> tuple[SubsetState, Metrics]:
         """The pick is final: the same state."""
         return state, {}
 
     def finish(self, state: SubsetState, work: Workspace, rng: Rng) -> SynthSet:
-        """A uint8 copy of the chosen images, their labels and their indices."""
+        """A uint8 copy of the chosen images, their labels and their indices; graphs in their smaller form."""
+        if work.task.kind == "graphs":
+            return stored_graphs(work.data.take(state.indices), *depth_of(self.network, None, None))
         return Subset.of(work.data, state.indices)

@@ -44,9 +44,9 @@ def start(task: Task, network: NetSpec, name: str, rng: Rng) -> Float[Tensor, "m
     "representative": AST). Raises UsageError as `start_images` does, and where experts get too few right.
     """
     if name in STARTS:
-        return start_images(name, task.source, task.ipc, rng)
+        return start_images(name, task.images, task.ipc, rng)
     pick = correct if name == "correct" else representative
-    return task.source.model_input(pick(task, network, rng)).float().clone()
+    return task.images.model_input(pick(task, network, rng)).float().clone()
 
 
 def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
@@ -56,7 +56,7 @@ def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
     """
     numbers = oldest(task.experts, network)
     order = torch.randperm(len(numbers), generator=rng.torch("experts")).tolist()
-    spec, counts = task.source.spec, task.source.counts
+    spec, counts = task.images.spec, task.images.counts
     firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
     chosen: list[list[int]] = [[] for _ in counts]
     for place in order:
@@ -83,7 +83,7 @@ def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
 def _right(net: nn.Module, task: Task, index: Tensor, label: int) -> Iterator[int]:
     """Those of `index` that `net` gives the class `label`, read no further than asked."""
     for part in index.split(max(32, 2 * task.ipc)):
-        predicted = logits_of(net, task.source.model_input(part).to(task.device)).argmax(1).cpu()
+        predicted = logits_of(net, task.images.model_input(part).to(task.device)).argmax(1).cpu()
         yield from part[predicted == label].tolist()
 
 
@@ -96,9 +96,9 @@ def representative(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
     number = numbers[int(torch.randint(len(numbers), (), generator=rng.torch("expert")))]
     net = teacher(task.experts, number, None, task.device)
     picks, first = [], 0
-    for c, n in enumerate(task.source.counts):
+    for c, n in enumerate(task.images.counts):
         parts = torch.arange(first, first + n).split(BATCH)
-        logits = [logits_of(net, task.source.model_input(part).to(task.device)).cpu() for part in parts]
+        logits = [logits_of(net, task.images.model_input(part).to(task.device)).cpu() for part in parts]
         seed = rng.fold("class", c).integer("kmeans") % 2**32
         picks.append(first + _nearest(torch.cat(logits), task.ipc, seed))
         first += n

@@ -98,7 +98,7 @@ class TrajectoryMatching:
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
         """The student's network and derivatives, and segments that are read ahead."""
-        o, spec = self.options, task.source.spec
+        o, spec = self.options, task.images.spec
         network, plan = self._plan(task, rng)
         fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
         net = student.without_running_statistics(fresh.to(task.device).requires_grad_(False))
@@ -120,7 +120,7 @@ class TrajectoryMatching:
             notes.append("not compiled, which is slower: there is no C++ compiler")
         if is_long(o):
             notes.append(_estimate(o, made, probe))
-        return Workspace(task, task.source, extra, tuple(note for note in notes if note))
+        return Workspace(task, task.images, extra, tuple(note for note in notes if note))
 
     def _plan(self, task: Task, rng: Rng) -> tuple[NetSpec, Plan]:
         """The resolved network and the segments, after the buffer was found to fit both (UsageError)."""
@@ -131,7 +131,7 @@ class TrajectoryMatching:
 
     def init(self, task: Task, rng: Rng) -> TrajectoryState:
         """Images at the chosen start, their labels, the student's rate, all at rest."""
-        o, spec = self.options, task.source.spec
+        o, spec = self.options, task.images.spec
         _require_ipc(task, o)
         network, _ = self._plan(task, rng)
         images = teachers.start(task, network, o.start, rng.fold("start")).to(task.device)
@@ -260,9 +260,10 @@ def _require_ipc(task: Task, o: TrajectoryOptions) -> None:
     """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft, and
     one that has no room for the student's rate.
     """
-    c, h, w = task.source.spec.shape
-    classes = len(task.source.spec.classes)
+    c, h, w = task.images.spec.shape
+    classes = len(task.images.spec.classes)
     needed = task.ipc * classes * (c * h * w + 8 * c + label_bytes(classes)) + RATE_BYTES
+    assert task.budget is not None
     if task.budget.nbytes is not None and needed > task.budget.nbytes:
         raise UsageError(
             f"budget.nbytes={task.budget.nbytes} leaves no room for the student's rate",

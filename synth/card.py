@@ -31,9 +31,9 @@ def data_card(manifest: Mapping[str, Any]) -> str:
             "## Load",
             _load(manifest["y_kind"]),
             "## Evaluation recipe",
-            _json(manifest["recipe"]),
+            json_block(manifest["recipe"]),
             "## How it was made",
-            _json(manifest["provenance"]),
+            json_block(manifest["provenance"]),
             "## Limits",
             LIMITS,
         ]
@@ -57,35 +57,39 @@ def _what(manifest: Mapping[str, Any]) -> str:
 
 
 def _source(dataset: Mapping[str, Any]) -> str:
+    c, h, w = dataset["shape"]
+    data = f"Images: {c} x {h} x {w} (channels, height, width), {dataset['preprocessing']} preprocessing"
+    return source_list(dataset, data)
+
+
+def source_list(dataset: Mapping[str, Any], data: str) -> str:
+    """Name, licence, fingerprint, `data` (a line on what it holds) and classes of the source."""
     names = dataset["classes"]
     shown = ", ".join(escape(name) for name in names[:CLASSES_SHOWN])
     more = f", and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
     licence = escape(dataset["licence"]) if dataset["licence"] else "not stated by the source"
-    c, h, w = dataset["shape"]
     return "\n".join(
         [
             f"- Dataset: {escape(dataset['name'])}",
             f"- Licence of the source: {licence}",
             f"- Fingerprint (SHA-256 of the source data): `{escape(dataset['fingerprint'] or 'unknown')}`",
-            f"- Images: {c} x {h} x {w} (channels, height, width), {dataset['preprocessing']} preprocessing",
+            f"- {data}",
             f"- {len(names)} classes, in label order: {shown}{more}",
         ]
     )
 
 
 def _contents(manifest: Mapping[str, Any]) -> str:
-    rows = [f"| {n} | {t['dtype']} | {t['shape']} |" for n, t in sorted(manifest["tensors"].items())]
     budget = manifest["budget"]
     parts = ", ".join(f"{part} {budget[part]}" for part in ("images", "labels", "extras"))
-    return "\n".join(
-        [
-            "`data.safetensors`:\n",
-            "| tensor | type | shape |",
-            "|---|---|---|",
-            *rows,
-            f"\nBytes: {parts}, total {budget['total']}; preprocessing matrices {budget['preprocessing']}.",
-        ]
-    )
+    total = f"total {budget['total']}; preprocessing matrices {budget['preprocessing']}."
+    return f"{tensor_table(manifest)}\n\nBytes: {parts}, {total}"
+
+
+def tensor_table(manifest: Mapping[str, Any]) -> str:
+    """The stored tensors, their types and shapes."""
+    rows = [f"| {n} | {t['dtype']} | {t['shape']} |" for n, t in sorted(manifest["tensors"].items())]
+    return "\n".join(["`data.safetensors`:\n", "| tensor | type | shape |", "|---|---|---|", *rows])
 
 
 def _load(y_kind: str) -> str:
@@ -104,6 +108,7 @@ def _load(y_kind: str) -> str:
     )
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def json_block(value: Mapping[str, Any]) -> str:
+    """A table from the manifest as a block of JSON, or that it was not recorded."""
     # Indented JSON never starts a line with a fence, so its texts cannot end the block.
     return f"```json\n{json.dumps(value, indent=1)}\n```" if value else "Not recorded."

@@ -9,14 +9,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ddengine import files
 from ddengine.errors import ArtefactError
+from ddengine.graphs import DISCRETISED
 from ddengine.types import LABEL_KINDS
 
 FORMAT, VERSION = "ddengine/distilled-set", 1
 MANIFEST, DATA = "manifest.json", "data.safetensors"
 DTYPES = {"uint8": 1, "int16": 2, "int32": 4, "float16": 2, "float32": 4}
-TENSORS_MAX, FILES_MAX = 64, 64
+TENSORS_MAX, FILES_MAX = 600, 64
+COLUMNS_MAX, CODES_MAX = 256, 2**20  # label columns of nodes or of edges, and codes of a column
+GRAPH_KINDS = ("forest", "graphs")
 HEADER_MAX = 1 << 20  # bytes of a safetensors header beside the tensors
 REMEDY = "Restore it from a copy or make it again"
 
@@ -67,27 +72,39 @@ FREE: Rule = ((lambda v: type(v) is dict), "a table")
 IPC: Rule = ((lambda v: v is None or (type(v) is int and 0 < v < 2**31)), "a whole number or null")
 
 TENSOR: Rule = {"dtype": _one_of(*DTYPES), "shape": _list(_integer(1, 2**40), 0, 8)}
-BUDGET: dict[str, Any] = dict.fromkeys(("images", "labels", "extras", "total", "preprocessing"), BYTES)
-
+IMAGES: dict[str, Any] = {
+    "name": TEXT,
+    "shape": _list(_integer(1, 2**20), 3, 3),
+    "classes": _list(TEXT, 1, 2**20),
+    "mean": _list(_number(-1e9, 1e9), 1, 2**20),
+    "std": _list(_number(1e-9, 1e9), 1, 2**20),
+    "preprocessing": _one_of("standard", "zca"),
+    "fingerprint": TEXT,
+    "licence": TEXT,
+}
+GRAPHS: dict[str, Any] = {
+    "name": TEXT,
+    "classes": _list(TEXT, 1, 2**20),
+    "node_sizes": _list(_integer(1, CODES_MAX), 1, COLUMNS_MAX),
+    "edge_sizes": _list(_integer(1, CODES_MAX), 0, COLUMNS_MAX),
+    "discretised": _one_of(*DISCRETISED),
+    "codes_from": _one_of("labels", "degree"),
+    "fingerprint": TEXT,
+    "licence": TEXT,
+}
+PARTS_OF_IMAGES = {"images": "images", "labels": "labels", "zca": "preprocessing"}
+PARTS_OF_GRAPHS = {
+    **dict.fromkeys(("trees", "items", "graphs"), "trees"),
+    **dict.fromkeys(("labels", "weights"), "labels"),
+}
 SCHEMA: dict[str, Any] = {
     "format": _one_of(FORMAT),
     "version": _integer(VERSION, VERSION),
     "kind": TEXT,
-    "tensors": _table(r"[a-z_.]{1,64}", TENSOR, TENSORS_MAX),
+    "tensors": _table(r"[a-z0-9_.]{1,64}", TENSOR, TENSORS_MAX),
     "files": _table(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", {"sha256": HASH, "bytes": BYTES}, FILES_MAX),
-    "dataset": {
-        "name": TEXT,
-        "shape": _list(_integer(1, 2**20), 3, 3),
-        "classes": _list(TEXT, 1, 2**20),
-        "mean": _list(_number(-1e9, 1e9), 1, 2**20),
-        "std": _list(_number(1e-9, 1e9), 1, 2**20),
-        "preprocessing": _one_of("standard", "zca"),
-        "fingerprint": TEXT,
-        "licence": TEXT,
-    },
     "y_kind": _one_of(*LABEL_KINDS),
     "count": _integer(1, 2**31),
-    "budget": {**BUDGET, "ipc": IPC},
     "recipe": FREE,
     "provenance": FREE,
     "seal": HASH,
@@ -128,7 +145,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtefactError(
             f"{path} has format version {version}, this ddengine reads {VERSION}", "Upgrade ddengine"
         )
-    if wrong := _wrong(manifest, SCHEMA) or _inconsistent(manifest):
+    if wrong := _problem(manifest):
         raise damaged(path, wrong)
     _require_sealed(path, manifest)
     return manifest
@@ -151,26 +168,65 @@ def tensor_bytes(entry: Mapping[str, Any]) -> int:
     return math.prod(entry["shape"]) * DTYPES[entry["dtype"]]
 
 
-def part_bytes(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def declare(tensor: Tensor) -> dict[str, Any]:
+    """Type and shape of a tensor, as a manifest declares them."""
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def parts(kind: str) -> tuple[str, ...]:
+    """The parts of a set of this kind whose bytes make up the total."""
+    return ("images", "trees", "labels", "extras") if kind in GRAPH_KINDS else ("images", "labels", "extras")
+
+
+def part_bytes(tensors: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, int]:
     """Bytes of declared tensors by part. Whitening matrices are preprocessing and not in the total."""
-    parts = {"images": 0, "labels": 0, "extras": 0, "preprocessing": 0}
-    names = {"images": "images", "labels": "labels", "zca": "preprocessing"}
+    counted = dict.fromkeys((*parts(kind), "preprocessing"), 0)
+    names = PARTS_OF_GRAPHS if kind in GRAPH_KINDS else PARTS_OF_IMAGES
     for name, entry in tensors.items():
-        parts[names.get(name.split(".")[0], "extras")] += tensor_bytes(entry)
-    return {**parts, "total": parts["images"] + parts["labels"] + parts["extras"]}
+        counted[names.get(name.split(".")[0], "extras")] += tensor_bytes(entry)
+    return {**counted, "total": sum(counted[part] for part in parts(kind))}
+
+
+def packed_bytes(tensors: Mapping[str, Tensor], kind: str) -> dict[str, int]:
+    """Bytes of the packed tensors of a form by part, and their total."""
+    counted = part_bytes({name: declare(tensor) for name, tensor in tensors.items()}, kind)
+    return {part: counted[part] for part in (*parts(kind), "total")}
+
+
+def dataset_problem(dataset: Mapping[str, Any], kind: str) -> str | None:
+    """What is wrong with the fields that describe the source of a set of this kind, in words."""
+    wrong = _wrong(dataset, GRAPHS if kind in GRAPH_KINDS else IMAGES, "dataset")
+    if wrong or kind in GRAPH_KINDS:
+        return wrong
+    channels = dataset["shape"][0]
+    if not len(dataset["mean"]) == len(dataset["std"]) == channels:
+        return f"mean and std do not have one number for each of {channels} channels"
+    return None
+
+
+def _budget(kind: str) -> Rule:
+    return {**dict.fromkeys((*parts(kind), "total", "preprocessing"), BYTES), "ipc": IPC}
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """The first thing that is wrong with the fields of a manifest, one by one and together."""
+    named = manifest.get("kind")
+    kind = named if type(named) is str else ""
+    about = {"dataset": FREE, "budget": _budget(kind)}
+    return (
+        _wrong(manifest, {**SCHEMA, **about})
+        or dataset_problem(manifest["dataset"], kind)
+        or _inconsistent(manifest)
+    )
 
 
 def _inconsistent(manifest: Mapping[str, Any]) -> str | None:
     """What does not fit together in a manifest whose fields are each well formed."""
-    dataset, tensors = manifest["dataset"], manifest["tensors"]
-    channels = dataset["shape"][0]
-    if not len(dataset["mean"]) == len(dataset["std"]) == channels:
-        return f"mean and std do not have one number for each of {channels} channels"
-    declared = sum(tensor_bytes(entry) for entry in tensors.values())
+    declared = sum(tensor_bytes(entry) for entry in manifest["tensors"].values())
     stored = manifest["files"].get(DATA, {"bytes": -1})["bytes"]
     if not declared < stored <= declared + HEADER_MAX:
         return f"{DATA} cannot have {stored} bytes when its tensors have {declared}"
-    counted = part_bytes(tensors)
+    counted = part_bytes(manifest["tensors"], manifest["kind"])
     wrong = [part for part, count in counted.items() if manifest["budget"][part] != count]
     return f"budget.{wrong[0]} is not the bytes of the tensors" if wrong else None
 

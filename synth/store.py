@@ -1,7 +1,6 @@
 """The distilled set on disk: stored tensors and a sealed manifest, verified whenever they are read."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +13,20 @@ from torch import Tensor
 
 from ddengine import files
 from ddengine.errors import ArtefactError, UsageError
-from ddengine.types import DataSpec, Images, SynthSet, Whitening
+from ddengine.graphs import Graphs
+from ddengine.ops.dag import Trees
+from ddengine.types import Images, SynthSet
 from synth import schema
 from synth.card import data_card
+from synth.described import dataset_fields, form_tensors, pack_whitening, spec_of, spec_problem
 from synth.forms import FORMS, Form
+from synth.graph_card import graph_card
 from synth.schema import DATA, MANIFEST, damaged
 from synth.sheet import contact_sheet
 
 CARD, PREVIEW = "README.md", "preview.png"
 OURS = {DATA, CARD, PREVIEW, MANIFEST}
-ZCA = ("zca.mean", "zca.matrix", "zca.inverse")
+ITEMS = {"pixels": "pixels images", "subset": "subset images", "forest": "forest items", "graphs": "graphs"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +50,21 @@ class DistilledSet:
             raise UsageError(
                 f"a {type(synth).__name__} has no stored form", f"Give one of the forms {', '.join(FORMS)}"
             )
-        tensors = {name: t.contiguous() for name, t in (synth.pack() | _pack_whitening(synth.spec)).items()}
-        wrong = _whitening_problem(tensors, math.prod(synth.spec.shape))
-        if wrong := wrong or _tensors_problem(tensors, synth.kind, synth.y_kind, synth.spec):
-            raise UsageError(f"this set cannot be stored: {wrong}", "Give finite images and labels in range")
-        declared = {name: _declare(t) for name, t in sorted(tensors.items())}
+        tensors = {name: t.contiguous() for name, t in (synth.pack() | pack_whitening(synth.spec)).items()}
+        dataset = dataset_fields(synth.spec)
+        wrong = schema.dataset_problem(dataset, synth.kind)
+        if wrong := wrong or _tensors_problem(tensors, dataset, synth.kind, synth.y_kind):
+            raise UsageError(f"this set cannot be stored: {wrong}", "Give finite data and labels in range")
+        declared = {name: schema.declare(t) for name, t in sorted(tensors.items())}
         manifest = {
             "format": schema.FORMAT,
             "version": schema.VERSION,
             "kind": synth.kind,
             "tensors": declared,
-            "dataset": _dataset_fields(synth.spec),
+            "dataset": dataset,
             "y_kind": synth.y_kind,
-            "count": len(tensors["images"]),
-            "budget": {**schema.part_bytes(declared), "ipc": _ipc(synth)},
+            "count": len(tensors["labels"]),
+            "budget": {**schema.part_bytes(declared, synth.kind), "ipc": _ipc(synth)},
             "recipe": _plain("recipe", recipe),
             "provenance": _plain("provenance", provenance),
         }
@@ -114,20 +118,19 @@ class DistilledSet:
                 _require_file(folder / name, entry)
         return DistilledSet(tensors, manifest)
 
-    def decode(self, indices: Int[Tensor, " n"] | None = None) -> Images:
-        """The images (all, or at `indices`), float32 in model-input space, with their labels."""
+    def decode(self, indices: Int[Tensor, " n"] | None = None) -> Any:
+        """All, or the items at `indices`: Images in model-input space (float32), or Trees, or Graphs."""
         return self.synth.decode(indices)
 
     @property
     def synth(self) -> Form:
         """The set in its form, for example to go on distilling it."""
-        stored = {name: t for name, t in self.tensors.items() if name not in ZCA}
-        return FORMS[self.kind].unpack(stored, self.manifest, self.spec)
+        return FORMS[self.kind].unpack(self.tensors, self.manifest, self.spec)
 
     @property
-    def spec(self) -> DataSpec:
-        """What the images mean, with the whitening where there is one."""
-        return _spec(self.manifest["dataset"], self.tensors)
+    def spec(self) -> Any:
+        """What the data means: a DataSpec with its whitening, or a GraphSpec with its codebooks."""
+        return spec_of(self.manifest["dataset"], self.tensors)
 
     @property
     def kind(self) -> str:
@@ -141,8 +144,8 @@ class DistilledSet:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the tensors by part: images, labels, extras, total (whitening matrices apart)."""
-        return {part: self.manifest["budget"][part] for part in ("images", "labels", "extras", "total")}
+        """Bytes of the tensors by part, and their total (whitening matrices apart)."""
+        return {part: self.manifest["budget"][part] for part in (*schema.parts(self.kind), "total")}
 
     def _require_replaceable(self, folder: Path, overwrite: bool) -> None:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -163,8 +166,14 @@ class DistilledSet:
 
     def _write(self, folder: Path) -> None:
         entries = {DATA: files.write_tensors(folder / DATA, self.tensors)}
-        files.write_bytes(folder / CARD, data_card(self.manifest).encode())
-        contact_sheet(self.decode(), folder / PREVIEW)
+        decoded = self.decode()
+        if isinstance(decoded, Images):
+            card = data_card(self.manifest)
+            contact_sheet(decoded, folder / PREVIEW)
+        else:
+            card = graph_card({**self.manifest, "files": entries}, decoded)
+            _draw_graphs(decoded, folder / PREVIEW)
+        files.write_bytes(folder / CARD, card.encode())
         for name in (CARD, PREVIEW):
             entries[name] = {"sha256": files.sha256(folder / name), "bytes": (folder / name).stat().st_size}
         manifest = {**self.manifest, "files": entries}
@@ -179,12 +188,12 @@ def verify(folder: str | Path) -> list[str]:
         f"{MANIFEST}: {schema.FORMAT} version {manifest['version']}, fields well formed, seal intact",
         *(f"{name}: {e['bytes']} bytes, SHA-256 as declared" for name, e in manifest["files"].items()),
         *(f"{name}: {t['dtype']} {t['shape']}, finite" for name, t in manifest["tensors"].items()),
-        f"{manifest['count']} {loaded.kind} images, labels ({manifest['y_kind']}) in range",
+        f"{manifest['count']} {ITEMS[loaded.kind]}, labels ({manifest['y_kind']}) in range",
     ]
 
 
 def _ipc(synth: Form) -> int | None:
-    counts = synth.decode().counts
+    counts = torch.bincount(synth.decode().classes.cpu(), minlength=len(synth.spec.classes)).tolist()
     return counts[0] if counts[0] and len(set(counts)) == 1 else None
 
 
@@ -197,78 +206,36 @@ def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{name} is not JSON: {error}", remedy) from error
 
 
-def _pack_whitening(spec: DataSpec) -> dict[str, Tensor]:
-    if spec.zca is None:
-        return {}
-    parts = (spec.zca.mean, spec.zca.matrix, spec.zca.inverse)
-    return {name: part.detach().cpu().float().clone() for name, part in zip(ZCA, parts, strict=True)}
-
-
-def _declare(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-
-
-def _dataset_fields(spec: DataSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "shape": list(spec.shape),
-        "classes": list(spec.classes),
-        "mean": [float(v) for v in spec.mean],
-        "std": [float(v) for v in spec.std],
-        "preprocessing": spec.preprocessing,
-        "fingerprint": spec.fingerprint,
-        "licence": spec.licence,
-    }
-
-
-def _spec(dataset: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DataSpec:
-    c, h, w = dataset["shape"]
-    return DataSpec(
-        name=dataset["name"],
-        shape=(c, h, w),
-        classes=tuple(dataset["classes"]),
-        mean=tuple(dataset["mean"]),
-        std=tuple(dataset["std"]),
-        fingerprint=dataset["fingerprint"],
-        licence=dataset["licence"],
-        zca=Whitening(*(tensors[name] for name in ZCA)) if dataset["preprocessing"] == "zca" else None,
-    )
-
-
 def _read_data(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     schema.require_regular(path)
     try:
         read = files.read_tensors(path, manifest["files"][DATA])
     except (RuntimeError, OverflowError) as error:
         raise damaged(path, type(error).__name__) from error
-    if {name: _declare(t) for name, t in read.items()} != manifest["tensors"]:
+    if {name: schema.declare(t) for name, t in read.items()} != manifest["tensors"]:
         raise damaged(path, "its tensors are not those that the manifest declares")
     # Tensors read from a buffer may lie unaligned, on which the last bit of a matrix product can depend.
     return {name: t.clone() for name, t in read.items()}
 
 
 def _stored_problem(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str | None:
-    dataset = manifest["dataset"]
-    if set(ZCA) & set(tensors) != (set(ZCA) if dataset["preprocessing"] == "zca" else set()):
-        return "whitening tensors and declared preprocessing disagree"
-    wrong = _whitening_problem(tensors, math.prod(dataset["shape"])) or _tensors_problem(
-        tensors, manifest["kind"], manifest["y_kind"], _spec(dataset, tensors)
-    )
-    counted = len(tensors["images"]) == manifest["count"] if wrong is None else True
-    return wrong or (None if counted else "count is not the number of images")
+    wrong = _tensors_problem(tensors, manifest["dataset"], manifest["kind"], manifest["y_kind"])
+    counted = len(tensors["labels"]) == manifest["count"] if wrong is None else True
+    return wrong or (None if counted else "count is not the number of labels")
 
 
-def _whitening_problem(tensors: Mapping[str, Tensor], d: int) -> str | None:
-    for name, shape in zip(ZCA, ([d], [d, d], [d, d]), strict=True):
-        part = tensors.get(name)
-        right = {"dtype": "float32", "shape": shape}
-        if part is not None and (_declare(part) != right or not bool(part.isfinite().all())):
-            return f"{name} is not finite float32 {shape}"
-    return None
+def _tensors_problem(
+    tensors: Mapping[str, Tensor], dataset: Mapping[str, Any], kind: str, y_kind: str
+) -> str | None:
+    if wrong := spec_problem(tensors, dataset):
+        return wrong
+    return FORMS[kind].problem(form_tensors(tensors, dataset), y_kind, spec_of(dataset, tensors))
 
 
-def _tensors_problem(tensors: Mapping[str, Tensor], kind: str, y_kind: str, spec: DataSpec) -> str | None:
-    return FORMS[kind].problem({name: t for name, t in tensors.items() if name not in ZCA}, y_kind, spec)
+def _draw_graphs(decoded: Trees | Graphs, path: Path) -> None:
+    from synth.tree_sheet import tree_sheet
+
+    tree_sheet(decoded, path)
 
 
 def _require_file(path: Path, entry: Mapping[str, Any]) -> None:

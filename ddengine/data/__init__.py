@@ -1,7 +1,8 @@
-"""Real data: every dataset becomes class-sorted uint8 fit, validation and test parts that share one spec.
+"""Real data: every dataset becomes class-sorted fit, validation and test parts that share one spec.
 
-This module itself imports neither torch nor numpy, so that datasets can be listed at once; `load`,
-`Dataset`, `DATASETS`, `Request`, `Source` and `Part` are fetched from their modules on first use.
+Images are uint8 pixels (`load`), graphs are label codes and edges (`load_graphs`). This module itself imports
+neither torch nor numpy, so that datasets can be listed at once; its other names are fetched from their
+modules on first use.
 """
 
 import os
@@ -13,20 +14,25 @@ from typing import TYPE_CHECKING, Any
 from ddengine.errors import unknown
 
 if TYPE_CHECKING:
+    from ddengine.data.graph_source import GRAPHS, GraphDataset, load_graphs
     from ddengine.data.registry import DATASETS, load
     from ddengine.data.source import Dataset, Part, Request, Source
 
 __all__ = [
     "DATASETS",
     "DESCRIPTIONS",
+    "GRAPHS",
+    "GRAPH_COLLECTIONS",
     "GROUP",
     "Dataset",
+    "GraphDataset",
     "Part",
     "Request",
     "Source",
     "dataset_root",
     "describe",
     "load",
+    "load_graphs",
     "names",
 ]
 
@@ -42,7 +48,10 @@ DESCRIPTIONS = {
     "tiny_imagenet": "110,000 natural images, 64x64 colour, 200 classes; unpack it at dataset.root",
     "image_folder": "your own images: dataset.root=DIR of class folders, or of train/ test/ val/ of them",
     "npz": "your own arrays: dataset.root=FILE with x_train, y_train, x_test, y_test",
+    "tu": "labelled graphs in TU text files, such as MUTAG, NCI1, PROTEINS: give dataset.name=NAME",
+    "ogb": "labelled graphs in OGB csv files, such as ogbg-molbace: give dataset.name=NAME",
 }
+GRAPH_COLLECTIONS = ("tu", "ogb")  # of these a dataset is a collection's name and a set's name
 _LAZY = {
     "DATASETS": "registry",
     "load": "registry",
@@ -50,6 +59,9 @@ _LAZY = {
     "Part": "source",
     "Request": "source",
     "Source": "source",
+    "GRAPHS": "graph_source",
+    "GraphDataset": "graph_source",
+    "load_graphs": "graph_source",
 }
 
 

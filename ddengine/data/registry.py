@@ -11,7 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ddengine.data import GROUP, names
+from ddengine.data import GRAPH_COLLECTIONS, GROUP, names
 from ddengine.data.digits import load_digits
 from ddengine.data.image_folder import load_image_folder, load_tiny_imagenet
 from ddengine.data.npz import load_npz
@@ -43,6 +43,11 @@ def find(name: str) -> Loader:
     """The loader called `name`: a built-in one, else one of the entry-point group (UsageError if none)."""
     if name in DATASETS:
         return DATASETS[name]
+    if name in GRAPH_COLLECTIONS:
+        raise UsageError(
+            f"'{name}' is a collection of graph sets, not a set of images",
+            f"Load one of its sets: ddengine.data.load_graphs('{name}', NAME)",
+        )
     for point in entry_points(group=GROUP):
         if point.name == name:
             try:

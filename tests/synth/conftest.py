@@ -1,13 +1,16 @@
 """What the tests of synthetic sets share: real digits, and sets of prime, unequal sizes."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from random_graphs import random_graphs
 from sklearn.datasets import load_digits
 
+from ddengine.ops.dag import trees_of
 from ddengine.types import DataSpec, Images
-from synth import DistilledSet, Pixels
+from synth import DistilledSet, Forest, GraphSubset, Pixels
 
 SHAPE, CLASSES = (3, 7, 5), ("ant", "bee", "cat", "dog", "elk")
 COUNT = 11
@@ -45,3 +48,36 @@ def pristine(pixels, tmp_path_factory):
 def saved(pristine, tmp_path):
     """A saved set that a test may damage; its folder."""
     return shutil.copytree(pristine, tmp_path / "distilled")
+
+
+@pytest.fixture(scope="session")
+def graph_forms() -> dict:
+    """A forest and a set of real graphs that have every optional part."""
+    g = torch.Generator().manual_seed(7)
+    graphs = random_graphs(3, node_sizes=(3, 5), edge_sizes=(4, 2))
+    values = {"node_values": (None, torch.rand((5, 2), generator=g)), "edge_values": (torch.eye(4), None)}
+    about = {"discretised": "kmeans", "fingerprint": "b" * 64, "licence": "CC0-1.0"}
+    graphs = replace(graphs, spec=replace(graphs.spec, **values, **about))
+    y, weight = torch.rand((7, 3), generator=g).softmax(1), torch.rand(7, generator=g) + 0.1
+    trees = replace(trees_of(graphs, 2, degree=True), y=y, weight=weight, y_kind="prob")
+    return {"forest": Forest.of(trees), "graphs": GraphSubset.of(graphs)}
+
+
+@pytest.fixture(scope="session")
+def pristine_graphs(graph_forms, tmp_path_factory):
+    """The folders of these sets, saved, to copy from."""
+    folder, notes = tmp_path_factory.mktemp("pristine"), {"recipe": {"lr": 0.01}, "provenance": {"seed": 5}}
+    return {kind: DistilledSet.make(s, **notes).save(folder / kind) for kind, s in graph_forms.items()}
+
+
+@pytest.fixture(params=["forest", "graphs"])
+def saved_graphs(request, pristine_graphs, tmp_path):
+    """A saved set of graphs that a test may damage; its folder."""
+    return shutil.copytree(pristine_graphs[request.param], tmp_path / "distilled")
+
+
+@pytest.fixture(params=["pixels", "forest", "graphs"])
+def any_saved(request, pristine, tmp_path):
+    """A saved set of images or graphs that a test may damage; its folder."""
+    graphs = request.param != "pixels" and request.getfixturevalue("pristine_graphs")
+    return shutil.copytree(graphs[request.param] if graphs else pristine, tmp_path / "distilled")

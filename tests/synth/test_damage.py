@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_graphs import mutated
 
 from ddengine import files
 from ddengine.errors import ArtefactError
@@ -37,7 +38,7 @@ def forge(folder, tensors=None, /, *, honest=True, **changes):
             }
             manifest["tensors"] = declared
             if all(t["dtype"] in schema.DTYPES for t in declared.values()):
-                manifest["budget"] |= schema.part_bytes(declared)
+                manifest["budget"] |= schema.part_bytes(declared, manifest["kind"])
     for path, value in changes.items():
         *parents, last = path.split("__")
         place = manifest
@@ -49,8 +50,12 @@ def forge(folder, tensors=None, /, *, honest=True, **changes):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_sampled_bit_flip_is_refused(saved, name):
+    refuse_flips(saved, name, 100)
+
+
+def refuse_flips(saved, name, count):
     data = (saved / name).read_bytes()
-    places = torch.randint(0, 8 * len(data), (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    places = torch.randint(0, 8 * len(data), (count,), generator=torch.Generator().manual_seed(0)).tolist()
     for place in {*places, 0, 8 * len(data) - 1}:
         flipped = bytearray(data)
         flipped[place // 8] ^= 1 << place % 8
@@ -62,8 +67,12 @@ def test_every_sampled_bit_flip_is_refused(saved, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_sampled_truncation_and_extension_is_refused(saved, name):
+    refuse_lengths(saved, name, 40)
+
+
+def refuse_lengths(saved, name, count):
     data = (saved / name).read_bytes()
-    for length in {*range(0, len(data), max(1, len(data) // 40)), len(data) - 1}:
+    for length in {*range(0, len(data), max(1, len(data) // count)), len(data) - 1}:
         (saved / name).write_bytes(data[:length])
         refuse(saved, name)
     for more in (b"\0", b"\n", b" "):
@@ -160,9 +169,9 @@ def test_hostile_manifests_are_refused(saved, changes):
     refuse(saved)
 
 
-def test_every_missing_field_is_refused(saved):
-    manifest = json.loads((saved / "manifest.json").read_text())
-    for where in ((), ("dataset",), ("budget",), ("tensors", "images"), ("files", "README.md")):
+def test_every_missing_field_is_refused(any_saved):
+    manifest = json.loads((any_saved / "manifest.json").read_text())
+    for where in ((), ("dataset",), ("budget",), ("tensors", "labels"), ("files", "README.md")):
         table = manifest
         for name in where:
             table = table[name]
@@ -171,8 +180,8 @@ def test_every_missing_field_is_refused(saved):
             sealed = (
                 {**manifest, "seal": schema.seal(manifest)} if (where, name) != ((), "seal") else manifest
             )
-            files.write_json(saved / "manifest.json", sealed)
-            refuse(saved, "manifest.json")
+            files.write_json(any_saved / "manifest.json", sealed)
+            refuse(any_saved, "manifest.json")
             table[name] = kept
 
 
@@ -361,3 +370,89 @@ def test_random_values_in_a_sealed_manifest_raise_nothing_else(saved, place, val
         assert verify(copy)  # the forger seals last
     else:
         refuse(copy)
+
+
+@pytest.mark.parametrize("name", ["data.safetensors", "manifest.json"])
+def test_flipped_and_cut_sets_of_graphs_are_refused(saved_graphs, name):
+    refuse_flips(saved_graphs, name, 30)
+    refuse_lengths(saved_graphs, name, 15)
+
+
+HOSTILE_GRAPHS = [
+    *({"kind": v} for v in ("pixels", "subset", "tree", "", None, ["forest"])),
+    *({"y_kind": v} for v in ("logit", "x", None)),
+    *({"count": v} for v in (0, 6, 8, -1, None)),
+    *({f"dataset__{name}": 5} for name in ("name", "classes", "fingerprint", "licence", "codes_from")),
+    *({"dataset__node_sizes": v} for v in ([], [3], [3, 0], [3, 6], [2, 5], [3.0, 5], [3, 2**40], "35", 3)),
+    *({"dataset__edge_sizes": v} for v in ([], [4], [4, 1], [-4, 2], [5, 2], [4, 2, 1], [1] * 300, {})),
+    *({"dataset__classes": v} for v in ([], ["a"], ["a", "b", 3], "abc")),
+    *({"dataset__discretised": v} for v in ("some", None, 1)),
+    *({f"budget__{part}": v} for part in ("images", "trees", "extras", "total") for v in (-1, 1, 10**9)),
+    *({"tensors__labels__dtype": v} for v in ("float64", "int32", None)),
+    {"dataset__shape": [3, 7, 5]},
+    {"budget__surprise": 1},
+    {"surprise": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", HOSTILE_GRAPHS, ids=lambda c: ascii(c)[:60])
+def test_hostile_manifests_of_graphs_are_refused(saved_graphs, changes):
+    forge(saved_graphs, **changes)
+    refuse(saved_graphs)
+
+
+HOSTILE_CODEBOOKS = {
+    "codebook.node.1 is not": lambda t: with_value(t, "codebook.node.1", (0, 0), float("nan")),
+    "codebook.node.1 is not one row": lambda t: {**t, "codebook.node.1": t["codebook.node.1"][1:]},
+    "codebook.node.1 is not one row of": lambda t: {**t, "codebook.node.1": t["codebook.node.1"].half()},
+    "for each of 4 codes": lambda t: {**t, "codebook.edge.0": t["codebook.edge.0"].flatten()},
+    "codebook.node.2 stands for no column": lambda t: {**t, "codebook.node.2": t["codebook.node.1"]},
+    "codebook.edge.00 stands for": lambda t: {**t, "codebook.edge.00": t["codebook.edge.0"]},
+    "codebook.x stands for": lambda t: {**t, "codebook.x": t["codebook.edge.0"]},
+    "'codebook' does not belong": lambda t: {**t, "codebook": t["codebook.edge.0"]},
+    "'images' does not belong": lambda t: {**t, "images": torch.zeros(3)},
+    "'zca.mean' does not belong": lambda t: {**t, "zca.mean": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("words", HOSTILE_CODEBOOKS)
+def test_hostile_codebooks_and_foreign_tensors_are_refused(saved_graphs, words):
+    forge(saved_graphs, HOSTILE_CODEBOOKS[words](DistilledSet.load(saved_graphs).tensors))
+    assert words in refuse(saved_graphs, "data.safetensors").cause
+
+
+def test_a_rule_of_the_form_that_is_broken_names_the_file(saved_graphs):
+    tensors = DistilledSet.load(saved_graphs).tensors
+    name = "trees.own" if "trees.own" in tensors else "graphs.edges"
+    forge(saved_graphs, with_value(tensors, name, -1, 250))
+    refuse(saved_graphs, "data.safetensors is damaged: ")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_tensors_of_graphs_are_refused_or_make_a_set(saved_graphs, data):
+    copy = saved_graphs.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved_graphs, copy)
+    forge(copy, mutated(data.draw, DistilledSet.load(saved_graphs).tensors))
+    try:
+        verify(copy)
+    except ArtefactError as error:
+        assert str(copy) in error.cause and "\n" not in error.cause
+    else:
+        assert len(DistilledSet.load(copy).decode()) == 7
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    place=st.sampled_from(
+        ["kind", "y_kind", "count", "dataset", "dataset__node_sizes", "dataset__edge_sizes", "budget__trees"]
+    ),
+    value=JSON,
+)
+def test_random_values_in_a_sealed_manifest_of_graphs_raise_nothing_else(saved_graphs, place, value):
+    copy = saved_graphs.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved_graphs, copy)
+    forge(copy, **{place: value})
+    refuse(copy)

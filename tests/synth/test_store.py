@@ -3,17 +3,21 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from random_graphs import random_graphs, same_bits
 
 from ddengine import files
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.ops.dag import take, trees_of
 from ddengine.types import DataSpec, Whitening
-from synth import DistilledSet, Pixels, Subset, verify
+from synth import DistilledSet, Forest, GraphSubset, Pixels, Subset, verify
 
 NO_NOTES = {"recipe": {}, "provenance": {}}
 FILES = ["README.md", "data.safetensors", "manifest.json", "preview.png"]
@@ -276,3 +280,170 @@ def test_a_whitening_of_one_shared_matrix_is_stored(pixels, tmp_path):
     white = replace(pixels, spec=replace(pixels.spec, zca=Whitening(eye[0], eye, eye)))
     loaded = DistilledSet.load(DistilledSet.make(white, **NO_NOTES).save(tmp_path / "set"))
     assert torch.equal(loaded.spec.zca.inverse, eye) and torch.equal(loaded.spec.zca.matrix, eye)
+
+
+def without_picture(made, folder):
+    """Save a set of graphs, with a preview that is no picture: drawing one takes long."""
+    with mock.patch("synth.tree_sheet.tree_sheet", lambda _, path: files.write_bytes(path, b"-")):
+        return made.save(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    kind=st.sampled_from(["forest", "graphs"]),
+    hops=st.integers(0, 3),
+    degree=st.booleans(),
+    soft=st.booleans(),
+    edge_sizes=st.sampled_from([(), (3,), (2, 300)]),
+    values=st.booleans(),
+    labels=st.lists(st.text(max_size=9), min_size=1, max_size=4),
+)
+def test_loading_graphs_gives_back_every_bit(
+    tmp_path_factory, seed, kind, hops, degree, soft, edge_sizes, values, labels
+):
+    g = torch.Generator().manual_seed(seed)
+    graphs = random_graphs(seed, node_sizes=(3, 2), edge_sizes=edge_sizes, classes=len(labels))
+    tables = {"node_values": (torch.randn((3, 2), generator=g), None)} if values else {}
+    about = {"codes_from": "degree", "discretised": "quantile", "fingerprint": "ab", "licence": "none"}
+    graphs = replace(graphs, spec=replace(graphs.spec, classes=tuple(labels), **about, **tables))
+    trees = trees_of(graphs, hops, degree=degree)
+    if soft:
+        y, weight = torch.rand((7, len(labels)), generator=g), torch.rand(7, generator=g) + 0.01
+        trees = replace(trees, y=y.softmax(1), y_kind="prob", weight=weight)
+    synth = Forest.of(trees) if kind == "forest" else GraphSubset.of(graphs)
+    made = DistilledSet.make(synth, recipe={"a": (1, 2.5)}, provenance={})
+    loaded = DistilledSet.load(without_picture(made, tmp_path_factory.mktemp("set") / "distilled"))
+    pick = torch.tensor([5, 0, 5])
+    assert same_bits(loaded.decode(), synth.decode()) and same_bits(made.decode(), synth.decode())
+    assert same_bits(loaded.decode(pick), synth.decode(pick))
+    assert same_bits(loaded.spec, synth.spec) and loaded.kind == kind
+    assert {n: v for n, v in loaded.manifest.items() if n not in ("files", "seal")} == made.manifest
+
+
+def test_a_set_of_graphs_holds_the_bytes_it_reports(saved_graphs, graph_forms):
+    loaded = DistilledSet.load(saved_graphs)
+    stored = safetensors.torch.load_file(saved_graphs / "data.safetensors")
+    assert loaded.nbytes == graph_forms[loaded.kind].nbytes
+    assert loaded.nbytes["total"] == sum(t.numel() * t.element_size() for t in stored.values())
+    assert loaded.nbytes["total"] == sum(n for part, n in loaded.nbytes.items() if part != "total")
+    assert loaded.nbytes["extras"] == 4 * (10 + 16) and loaded.nbytes["images"] == 0
+    size = (saved_graphs / "data.safetensors").stat().st_size
+    assert loaded.manifest["files"]["data.safetensors"]["bytes"] == size > loaded.nbytes["total"]
+
+
+def test_the_manifest_of_graphs_says_what_they_are(saved_graphs):
+    manifest = json.loads((saved_graphs / "manifest.json").read_text())
+    assert manifest["count"] == 7 and names(saved_graphs) == FILES
+    assert manifest["dataset"] == {
+        "name": "random",
+        "classes": ["class 0", "class 1", "class 2"],
+        "node_sizes": [3, 5],
+        "edge_sizes": [4, 2],
+        "discretised": "kmeans",
+        "codes_from": "labels",
+        "fingerprint": "b" * 64,
+        "licence": "CC0-1.0",
+    }
+    parts = {"images", "trees", "labels", "extras", "preprocessing", "total", "ipc"}
+    assert set(manifest["budget"]) == parts and manifest["budget"]["preprocessing"] == 0
+
+
+def test_verify_says_what_it_checked_of_graphs(saved_graphs):
+    lines = verify(saved_graphs)
+    kind = DistilledSet.load(saved_graphs).kind
+    said = {"forest": "7 forest items, labels (prob) in range", "graphs": "7 graphs, labels (class) in range"}
+    assert lines[-1] == said[kind] and any("codebook.node.1: float32 [5, 2]" in line for line in lines)
+
+
+def test_the_preview_of_graphs_is_a_picture(saved_graphs):
+    with Image.open(saved_graphs / "preview.png") as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 100 and image.height > 100
+
+
+def test_the_card_of_a_forest_tells_which_networks_may_use_it(pristine_graphs, graph_forms):
+    card = (pristine_graphs["forest"] / "README.md").read_text()
+    sizes = " / ".join(str(n) for n in graph_forms["forest"].trees.dag.sizes)
+    counts = torch.bincount(graph_forms["forest"].decode().classes, minlength=3).tolist()
+    for part in ("7 training items", f"0 to 2 hops: {sizes}", "at most 2 layers", "GCN may be used too"):
+        assert part in card
+    assert all(f"| class {i} | {n} |" in card for i, n in enumerate(counts))
+    assert "class probabilities" in card and "kmeans" in card and "images" not in card
+
+
+def test_the_card_of_trees_without_degrees_rules_gcn_out(tmp_path):
+    forest = Forest.of(trees_of(random_graphs(2), 1))
+    made = DistilledSet.make(forest, **NO_NOTES)
+    card = (without_picture(made, tmp_path / "set") / "README.md").read_text()
+    assert "at most 1 layers" in card and "GCN" in card and "cannot be used" in card
+
+
+def test_the_card_of_graphs_tells_their_bytes_and_those_of_the_file(saved_graphs, graph_forms):
+    loaded = DistilledSet.load(saved_graphs)
+    card = (saved_graphs / "README.md").read_text()
+    nbytes, size = loaded.nbytes, (saved_graphs / "data.safetensors").stat().st_size
+    for part in ("trees", "labels", "extras"):
+        assert f"{part} {nbytes[part]}" in card
+    assert f"total {nbytes['total']}; the file `data.safetensors` has {size}." in card
+    assert "CC0" in card and '"lr": 0.01' in card and '"seed": 5' in card and "privacy" in card
+
+
+def test_the_loading_code_of_the_card_of_graphs_runs(saved_graphs):
+    code = (saved_graphs / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(code.replace("path/to/this/folder", str(saved_graphs)), scope)
+    assert len(code.strip().splitlines()) == 3 and len(scope["y"]) == 7
+
+
+@pytest.mark.parametrize("kind", ["forest", "graphs"])
+def test_names_of_graphs_cannot_become_markup_in_the_card(tmp_path, kind):
+    evil = ("<script>alert(1)</script>", "[x](javascript:y)|", "a\n# b", "```")
+    graphs = random_graphs(4, classes=4)
+    graphs = replace(graphs, spec=replace(graphs.spec, name="*b*", classes=evil, licence="<b>"))
+    synth = GraphSubset.of(graphs) if kind == "graphs" else Forest.of(trees_of(graphs, 1))
+    made = DistilledSet.make(synth, recipe={"x": "```\n<script>"}, provenance={})
+    card = (without_picture(made, tmp_path / "set") / "README.md").read_text()
+    prose = card.split("```python")[0]
+    assert not any(markup in prose for markup in ("<", "\n# b", "[x](", " *b*", "```"))
+    assert "alert" in prose and card.count("\n```") == 4  # python and recipe, opened and closed
+
+
+def test_saving_graphs_twice_gives_the_same_bytes(saved_graphs, tmp_path):
+    DistilledSet.load(saved_graphs).save(tmp_path / "again")
+    assert all((saved_graphs / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in FILES)
+
+
+def test_an_equal_set_of_graphs_may_be_saved_again_and_another_only_when_told(saved_graphs, graph_forms):
+    kind = DistilledSet.load(saved_graphs).kind
+    without_picture(DistilledSet.make(graph_forms[kind], recipe={"lr": 0.01}, provenance={}), saved_graphs)
+    some = torch.tensor([0, 1])
+    forest, graphs = graph_forms["forest"], graph_forms["graphs"]
+    other = {
+        "forest": lambda: Forest.of(take(forest.trees, some)),
+        "graphs": lambda: GraphSubset.of(graphs.graphs.take(some)),
+    }
+    with pytest.raises(UsageError, match="holds another distilled set"):
+        without_picture(DistilledSet.make(other[kind](), recipe={"lr": 0.01}, provenance={}), saved_graphs)
+
+
+def test_graphs_of_more_label_columns_than_a_reader_accepts_are_refused(graph_forms):
+    graphs = graph_forms["graphs"].graphs
+    x = torch.zeros((len(graphs.x), 257), dtype=torch.int64)
+    spec = replace(graphs.spec, node_sizes=(1,) * 257, node_values=())
+    with pytest.raises(UsageError, match=r"dataset\.node_sizes"):
+        DistilledSet.make(GraphSubset.of(replace(graphs, x=x, spec=spec)), **NO_NOTES)
+
+
+def test_codebooks_that_are_not_finite_are_refused(graph_forms):
+    graphs = graph_forms["graphs"].graphs
+    spec = replace(graphs.spec, node_values=(None, torch.full((5, 2), torch.nan)))
+    with pytest.raises(UsageError, match=r"codebook\.node\.1"):
+        DistilledSet.make(GraphSubset.of(replace(graphs, spec=spec)), **NO_NOTES)
+
+
+def test_graphs_per_class_are_named_where_all_classes_have_as_many(graph_forms):
+    graphs = graph_forms["graphs"].graphs
+    for labels, ipc in (([0, 1, 2, 0, 1, 2], 2), ([0, 0, 0, 1, 1, 2], None)):
+        some = replace(graphs.take(torch.arange(6)), y=torch.tensor(labels))
+        assert DistilledSet.make(GraphSubset.of(some), **NO_NOTES).manifest["budget"]["ipc"] == ipc

@@ -189,6 +189,7 @@ def test_size_scales_any_dataset():
         ({"name": "digits", "on_error": "ignore"}, "unknown dataset.on_error 'ignore'"),
         ({"name": "digits", "size": 0}, "dataset.size=0 is out of range"),
         ({"name": "npz"}, "dataset=npz needs a path"),
+        ({"name": "tu"}, "'tu' is a collection of graph sets.*\n.*load_graphs\\('tu', NAME\\)"),
         ({"name": "image_folder"}, "dataset=image_folder needs a path"),
     ],
 )
@@ -199,7 +200,8 @@ def test_a_wrong_option_is_one_line_and_a_remedy(options, cause):
 
 
 def test_every_dataset_has_a_loader_and_a_description():
-    assert set(data.DATASETS) == set(data.DESCRIPTIONS)
+    assert {*data.DATASETS, *data.GRAPHS} == set(data.DESCRIPTIONS)
+    assert tuple(data.GRAPHS) == data.GRAPH_COLLECTIONS
     assert data.names()[0] == "digits"
     assert all("\n" not in data.describe(name) for name in data.names())
     with pytest.raises(UsageError, match="unknown dataset 'imagenet22k'"):
