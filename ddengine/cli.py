@@ -52,8 +52,8 @@ PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
 GRAPH_KEYS = {
     "distill": GRAPHS,
     "evaluate": f"{GRAPHS} networks=[gin,gcn] protocol=standard-v1|paper/mirage seeds=N seed=N "
-    "rows=[random_bytes,full] recipe.steps=N recipe.lrs=[0.005] recipe.weight_decay=X recipe.pool=mean|sum "
-    "recipe.dropout=X recipe.balance=true|false workers=N out=DIR",
+    "rows=[random_bytes,full] recipe.steps=N recipe.lrs=[0.001,0.005] recipe.weight_decay=X "
+    "recipe.pool=mean|sum recipe.dropout=X recipe.balance=true|false workers=N out=DIR",
 }
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N experts=DIR "

@@ -15,6 +15,8 @@ from ddengine.bench import SUBJECT
 from ddengine.compose import PATHS, composed, spelled
 from ddengine.config import EvaluateConfig, EvaluateGraphsConfig
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.graph_judge import usual_rows
+from ddengine.graph_paper import PAPER
 from ddengine.graph_simple import SIMPLE
 from ddengine.graph_train import GraphRecipe
 from ddengine.nets import resolve
@@ -87,7 +89,7 @@ def evaluate_command(
     keys = vars(default.recipe)
     usual = {**Recipe().to_dict(), **keys, "augment": strategy_for(distilled.spec.name)}
     if graphs:
-        usual = GraphRecipe().to_dict()
+        usual = table["recipe"] if table["protocol"] == PAPER else GraphRecipe().to_dict()
     recipe = {key: value for key, value in table["recipe"].items() if usual.get(key) != value}
     if networks is None or not recipe.keys() <= keys.keys():
         return None
@@ -95,6 +97,8 @@ def evaluate_command(
     found = {"seeds": table.get("seeds", rows[0]["n"]), "seed": table["seed"], "rows": beside}
     if graphs:
         found["protocol"] = table["protocol"]
+        if set(beside) == set(usual_rows(distilled.manifest["y_kind"] == "prob")):
+            found["rows"] = None
     said = {key: value for key, value in found.items() if getattr(default, key) != value}
     said |= {f"recipe.{key}": value for key, value in recipe.items()}
     return _line("evaluate", str(path), *networks, *(word(key, value) for key, value in said.items()))

@@ -77,7 +77,7 @@ class GraphRecipeConfig:
     """How the judge trains graph networks: full-batch Adam; several rates are tried on validation."""
 
     steps: int = 300
-    lrs: list[float] = field(default_factory=lambda: [0.005])
+    lrs: list[float] = field(default_factory=lambda: [0.001, 0.005])
     weight_decay: float = 0.0
     pool: str = "mean"
     dropout: float = 0.0
@@ -169,7 +169,9 @@ class EvaluateConfig:
 
 @dataclass
 class EvaluateGraphsConfig:
-    """`ddengine evaluate PATH` of a set of graphs; dataset and network default to what its manifest names."""
+    """`ddengine evaluate PATH` of a set of graphs; dataset and network default to what its manifest names,
+    rows to all that its labels allow.
+    """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
     dataset: Any = MISSING
@@ -178,16 +180,7 @@ class EvaluateGraphsConfig:
     protocol: str = "standard-v1"
     seeds: int = 5
     seed: int = 0
-    rows: list[str] = field(
-        default_factory=lambda: [
-            "random_bytes",
-            "herding_bytes",
-            "untrained",
-            "size_only",
-            "wl_logistic",
-            "full",
-        ]
-    )
+    rows: list[str] | None = None
     recipe: GraphRecipeConfig = field(default_factory=GraphRecipeConfig)
     workers: int | None = None
     out: str | None = None

@@ -22,14 +22,15 @@ from ddengine.nets.graph_plan import Plan
 from ddengine.ops.dag import Trees, trees_of
 from ddengine.rng import Rng
 
-UNTRAINED = "untrained"
+UNTRAINED, SAME_LABELS = "untrained", "random_same_labels"
 RULES = ("last step", "best validation step")
 Picks = Mapping[tuple[str, int | None], Tensor]
 
 
 @dataclass(frozen=True)
 class GraphBench:
-    """What every job of one evaluation shares. `picks` holds indices into `fit` by row and network number.
+    """What every job of one evaluation shares. `picks` holds indices into `fit` by row and network number,
+    `labels` the soft labels of all graphs of `fit` for the row of the same labels.
 
     `rule` says which weights are scored: those of the last step, or of the step (the untrained start too)
     with the best area under the ROC curve on validation. `held` keeps what several jobs of a process need.
@@ -43,6 +44,7 @@ class GraphBench:
     recipe: GraphRecipe
     seed: int
     rule: str = RULES[0]
+    labels: Tensor | None = None
     held: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -55,6 +57,17 @@ class GraphBench:
         if row == "full":
             return self.fit
         return self.fit.take(self.picks.get((row, index), self.picks[row, None]))
+
+    def training_trees(self, row: str, index: int | None, network: NetSpec) -> Trees:
+        """The same on the colour DAG that `network` needs, with the labels of that row."""
+        if row == "full":
+            return self.trees("fit", network)
+        trees = trees_for(self.training_set(row, index), network)
+        if row != SAME_LABELS:
+            return trees
+        assert self.labels is not None
+        soft = self.labels[self.picks.get((row, index), self.picks[row, None])]
+        return replace(trees, y=soft, y_kind="prob")
 
     def drawn_anew(self, row: str) -> bool:
         """Whether each network of `row` has a training set of its own."""
@@ -101,8 +114,7 @@ def run_graph_job(bench: GraphBench, job: GraphJob) -> list[Record]:
     root = Rng(bench.seed).fold("judge", job.network.name)
     rngs = [root.fold(index) for index in job.indices] or [root.fold("trial")]
     recipe = bench.recipe if job.row != UNTRAINED else replace(bench.recipe, steps=0)
-    source = bench.training_set(job.row, job.indices[0] if job.indices else None)
-    trees = bench.trees("fit", job.network) if job.row == "full" else trees_for(source, job.network)
+    trees = bench.training_trees(job.row, job.indices[0] if job.indices else None, job.network)
     best = BestOnValidation(bench.trees("validation", job.network))
     watch = best.see if bench.rule == RULES[1] else None
     nets = train_graph_networks(job.network, trees, recipe, job.lr, rngs, watch)

@@ -15,6 +15,7 @@ from ddengine.data.graph_source import GraphDataset
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.graph_bench import (
     RULES,
+    SAME_LABELS,
     UNTRAINED,
     GraphBench,
     GraphJob,
@@ -22,6 +23,7 @@ from ddengine.graph_bench import (
     run_graph_job,
     trees_for,
 )
+from ddengine.graph_paper import KEPT, PAPER
 from ddengine.graph_simple import SIMPLE, simple_rows
 from ddengine.graph_train import METRICS, GraphRecipe
 from ddengine.graphs import Graphs
@@ -35,11 +37,15 @@ from synth.graph_starts import GRAPH_SELECTIONS, per_class, within_bytes
 from synth.graph_subset import stored_graphs
 
 GRAPH_ROWS = ("random_bytes", "herding_bytes", UNTRAINED, *SIMPLE, "full")
-PAPER = "paper/mirage"
-KEPT = 5  # networks of a paper protocol that are reported, the best on validation
-DRAWN_ANEW = ("random", "random_bytes")
+DRAWN_ANEW = ("random", "random_bytes", SAME_LABELS)
+Labeler = Callable[[Graphs, int, bool], Tensor]
 Log = Callable[[Record], None]
 Progress = Callable[[int, int], None]
+
+
+def usual_rows(soft: bool) -> tuple[str, ...]:
+    """The rows beside a set whose labels are soft, or hard."""
+    return (GRAPH_ROWS[0], SAME_LABELS, *GRAPH_ROWS[1:]) if soft else GRAPH_ROWS
 
 
 @runtime_checkable
@@ -78,6 +84,7 @@ def evaluate_graphs(
     recipe: GraphRecipe = GraphRecipe(),
     protocol: str = PROTOCOL,
     workers: int = 1,
+    labeler: Labeler | None = None,
     log: Log | None = None,
     on_progress: Progress | None = None,
 ) -> Table:
@@ -85,14 +92,21 @@ def evaluate_graphs(
     of accuracy and one of the area under the ROC curve.
 
     Rows ending in `_bytes` hold as many real graphs as fit in the set's bytes, stored in the smaller of our
-    two forms. The result is a function of the arguments, not of `workers`. `log` gets a record for each
-    trained network. Raises UsageError for networks that do not fit the set, unknown rows, a set of other
-    classes or labels, a test part of one class; DDError when a worker process dies.
+    two forms. The row `random_same_labels` needs the `labeler` of a soft-labelled set: it takes the fit part,
+    hops and whether degrees are told apart, and gives probabilities [g k]. The result is a function of the
+    arguments, not of `workers`. `log` gets a record for each trained network. Raises UsageError for networks
+    that do not fit the set, unknown rows, a set of other classes or labels, a test part of one class; DDError
+    when a worker process dies.
     """
     require(protocol, (PROTOCOL, PAPER), "protocol")
     resolved = [resolve_graph(net) for net in networks]
     decoded = distilled.decode()
     _check(decoded, dataset, resolved, rows, seeds, seed)
+    if SAME_LABELS in rows and labeler is None:
+        raise UsageError(
+            f"the row {SAME_LABELS} is for sets with soft labels, and this one has hard labels",
+            "Leave it out of rows",
+        )
     size = _Size(max(net.depth or 0 for net in resolved), any(map(needs_degree, resolved)))
     with one_thread():
         bench = GraphBench(
@@ -104,6 +118,7 @@ def evaluate_graphs(
             recipe,
             seed,
             RULES[protocol == PAPER],
+            labeler(dataset.fit, size.hops, size.degree) if labeler and SAME_LABELS in rows else None,
         )
     records = _trained(bench, resolved, rows, seeds, workers, log, on_progress)
     table = [
@@ -138,7 +153,8 @@ def _check(
                 f"the validation or test part of '{dataset.spec.name}' has graphs of one class only",
                 "Give a dataset or a split with two classes in each part",
             )
-    known = (*(f"{name}{suffix}" for name in GRAPH_SELECTIONS for suffix in ("", "_bytes")), UNTRAINED)
+    chosen = (f"{name}{suffix}" for name in GRAPH_SELECTIONS for suffix in ("", "_bytes"))
+    known = (*chosen, SAME_LABELS, UNTRAINED)
     for row in rows:
         require(row, (*known, *SIMPLE, "full"), "row")
     require_positive("seeds", seeds)
@@ -170,9 +186,10 @@ def _picks(
     seed: int,
 ) -> Iterator[tuple[tuple[str, int | None], Tensor]]:
     counts = histogram(trees_of(fit, size.hops, degree=size.degree))
-    each = max(1, round(len(decoded) / len(fit.spec.classes)))
+    wider = max(0, len(fit.spec.classes) - 2)  # a soft label takes a byte for each class but one
+    each = min(max(1, round(len(decoded) / len(fit.spec.classes))), *fit.counts)
     for row in rows:
-        name = row.removesuffix("_bytes")
+        name = "random" if row == SAME_LABELS else row.removesuffix("_bytes")
         if name not in GRAPH_SELECTIONS:
             continue
         for index in (None, *range(seeds)) if row in DRAWN_ANEW else (None,):
@@ -182,8 +199,12 @@ def _picks(
             if row == name:
                 yield (row, index), per_class(ranked, each)
             else:
-                sized = within_bytes(ranked, nbytes, lambda chosen: size.nbytes(fit.take(chosen))["total"])
-                yield (row, index), sized
+                extra = wider if row == SAME_LABELS else 0
+
+                def total(chosen: Tensor, extra: int = extra) -> int:
+                    return size.nbytes(fit.take(chosen))["total"] + extra * len(chosen)
+
+                yield (row, index), within_bytes(ranked, nbytes, total)
 
 
 def _trained(
@@ -254,6 +275,9 @@ def _rows(
     elif name != SUBJECT:
         assert isinstance(source, Graphs)
         nbytes = size.nbytes(source)
+        if name == SAME_LABELS:
+            more = max(0, len(source.spec.classes) - 2) * len(source)
+            nbytes |= {"labels": nbytes["labels"] + more, "total": nbytes["total"] + more}
     count = 0 if name == UNTRAINED else len(source)
     for metric in METRICS:
         yield Row(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
@@ -30,11 +30,11 @@ class GraphRecipe:
 
     With more than one rate in `lrs` validation accuracy chooses; no step is ever chosen, the last weights
     count. `pool` is how nodes become a graph, `dropout` acts after pooling, and `balance` gives all classes
-    the same weight in the loss. Raises UsageError for a value out of range.
+    of hard labels the same weight in the loss. Raises UsageError for a value out of range.
     """
 
     steps: int = 300
-    lrs: tuple[float, ...] = (0.005,)
+    lrs: tuple[float, ...] = (0.001, 0.005)
     weight_decay: float = 0.0
     pool: str = "mean"
     dropout: float = 0.0
@@ -58,9 +58,12 @@ class GraphRecipe:
 
 
 def item_weights(trees: Trees, balance: bool) -> Float[Tensor, " m"]:
-    """Weight of each item in the loss, of sum 1; with `balance` all classes that occur have equal sums."""
+    """Weight of each item in the loss, of sum 1; with `balance` all classes that occur have equal sums.
+
+    Soft labels are not balanced: what they say of the classes is not to be changed.
+    """
     weight = trees.weight.clone()
-    if balance:
+    if balance and trees.y_kind == "class":
         total = torch.zeros(len(trees.spec.classes)).index_add_(0, trees.classes, weight)
         weight = weight / total[trees.classes]
     return weight / weight.sum()
@@ -115,14 +118,22 @@ def accuracy(probabilities: Float[np.ndarray, "m k"], y: Int[Tensor, " m"]) -> f
 def roc_auc(probabilities: Float[np.ndarray, "m k"], y: Int[Tensor, " m"]) -> float:
     """Area under the ROC curve (0..1): of class 1 for two classes, else the mean of each against the rest.
 
-    Classes that no item has are left out of the mean; .5 where probabilities are not finite.
+    It is the part of (item of the class, other item) pairs that are in order, ties half, from ranks (Mann and
+    Whitney, 1947). Classes that no item has are left out of the mean; .5 where probabilities are not finite.
+    Items of two classes or more are needed.
     """
-    classes, present = probabilities.shape[1], np.unique(y.numpy())
+    labels = y.numpy()
     if not np.isfinite(probabilities).all():
         return 0.5
-    if classes == 2:
-        present = np.array([1])
-    return float(np.mean([roc_auc_score(y.numpy() == c, probabilities[:, c]) for c in present]))
+    present = [1] if probabilities.shape[1] == 2 else np.unique(labels)
+    ranks = rankdata(probabilities, axis=0)
+    return float(np.mean([_in_order(ranks[labels == c, c], len(labels)) for c in present]))
+
+
+def _in_order(ranks: Float[np.ndarray, " p"], items: int) -> float:
+    """Of the pairs of one of the items with these ranks and one of the others, the part in order."""
+    p = len(ranks)
+    return float(ranks.sum() - p * (p + 1) / 2) / (p * (items - p))
 
 
 METRICS = {"accuracy": accuracy, "roc_auc": roc_auc}

@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 import matchers
-from ddengine import data, files, graph_judge, judge, loop
-from ddengine.artefacts import artefact, named, run_of
+from ddengine import data, files, graph_judge, graph_paper, judge, loop
+from ddengine.artefacts import artefact, holds_graphs, named, run_of
 from ddengine.config import (
     BufferConfig,
     CheckpointConfig,
@@ -30,6 +30,7 @@ from ddengine.errors import UsageError, require, require_positive, unknown
 from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets.core import NetSpec
+from ddengine.ops.dag import Trees
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
@@ -37,6 +38,7 @@ from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
+from matchers.tree_evidence import graph_labels
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -81,7 +83,7 @@ def task(
     if isinstance(source, Dataset | GraphDataset):
         return Task(source.fit, **made, precision=precise, origin={"name": source.fit.spec.name})
     if source in data.GRAPH_COLLECTIONS:
-        loaded = data.load_graphs(source, **load)
+        loaded = data.load_graphs(source, **{"name": "", **load})
         return Task(loaded.fit, **made, precision=precise, origin={"collection": source, **_plain(load)})
     dataset = data.load(source, **load)
     return Task(dataset.fit, **made, precision=precise, origin={"name": source, **_plain(load)})
@@ -95,12 +97,12 @@ def matcher(name: str, *, network: str | NetSpec | None = None, **options: Any) 
 def evaluate(
     path: str | Path | DistilledSet,
     *,
-    dataset: str | Dataset | None = None,
+    dataset: str | Dataset | GraphDataset | None = None,
     networks: Sequence[str | NetSpec] | None = None,
     seeds: int = 5,
     seed: int = 0,
-    rows: Sequence[str] = judge.ROWS,
-    recipe: Recipe | None = None,
+    rows: Sequence[str] | None = None,
+    recipe: Recipe | GraphRecipe | None = None,
     workers: int = 1,
     device: str = "auto",
     precision: str = "auto",
@@ -110,10 +112,19 @@ def evaluate(
 ) -> Table:
     """Judge a distilled set by `standard-v1`; dataset and networks default to what its manifest names.
 
-    With `out`, or for the set of a run, each trained network is one line of `results.jsonl` there, and the
-    newest table is `table.json`.
+    Rows and recipe default to those of the set's kind; a set of graphs goes to `evaluate_graphs`, whose
+    networks are trained on the CPU in fp32. With `out`, or for the set of a run, each trained network is one
+    line of `results.jsonl` there, and the newest table is `table.json`. Raises UsageError.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
+    _check_kind(distilled, dataset, recipe)
+    if holds_graphs(distilled):
+        require(device, ("auto", "cpu"), "device for graph networks")
+        require(precision, ("auto", "fp32"), "precision for graph networks")
+        given: dict[str, Any] = {"dataset": dataset, "recipe": recipe, "networks": networks, "seeds": seeds}
+        given |= {"seed": seed, "workers": workers, "watch": watch, "out": out, **load}
+        return evaluate_graphs(path, **given, rows=rows)
+    assert not isinstance(recipe, GraphRecipe)
     if not isinstance(dataset, Dataset):
         own = named(distilled, "dataset") if dataset is None else {"name": dataset}
         dataset = data.load(**{**own, **load})
@@ -130,7 +141,7 @@ def evaluate(
         networks=specs,
         seeds=seeds,
         seed=seed,
-        rows=rows,
+        rows=judge.ROWS if rows is None else rows,
         recipe=recipe,
         workers=workers,
         device=str(where),
@@ -146,13 +157,13 @@ def evaluate(
 def evaluate_graphs(
     path: str | Path | DistilledSet,
     *,
-    dataset: GraphDataset | None = None,
+    dataset: str | GraphDataset | None = None,
     networks: Sequence[str | NetSpec] | None = None,
     protocol: str = graph_judge.PROTOCOL,
     seeds: int = 5,
     seed: int = 0,
-    rows: Sequence[str] = graph_judge.GRAPH_ROWS,
-    recipe: GraphRecipe = GraphRecipe(),
+    rows: Sequence[str] | None = None,
+    recipe: GraphRecipe | None = None,
     workers: int = 1,
     watch: Watch = Watch(),
     out: Path | None = None,
@@ -160,32 +171,48 @@ def evaluate_graphs(
 ) -> Table:
     """Judge a distilled set of graphs, as `evaluate` does one of images (`graph_judge.evaluate_graphs`).
 
-    `load` are arguments of `ddengine.data.load_graphs` that replace those which the manifest names.
+    `load` are arguments of `ddengine.data.load_graphs` that replace those which the manifest names; `dataset`
+    is a loaded set or the name of another collection. `paper/mirage` has a recipe and seeds of its own.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
-    if dataset is None:
-        dataset = data.load_graphs(**{**named(distilled, "dataset"), **load})
+    if not holds_graphs(distilled):
+        raise UsageError(f"the set of '{distilled.spec.name}' holds images, not graphs", "Call evaluate")
+    _check_kind(distilled, dataset, recipe)
+    if not isinstance(dataset, GraphDataset):
+        own = named(distilled, "dataset") if dataset is None else {"collection": dataset, "name": ""}
+        dataset = data.load_graphs(**{**own, **load})
     _check_same(distilled, dataset, watch)
+    specs, recipe = _networks(networks, NetSpec(**_own(distilled, protocol))), recipe or GraphRecipe()
+    if protocol == graph_paper.PAPER:
+        decoded = distilled.decode()
+        hops = decoded.dag.hops if isinstance(decoded, Trees) else None
+        specs, recipe, seeds = graph_paper.as_published(specs, hops, dataset.spec.name, recipe, seeds)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
     if folder is not None:
         files.make_folder(folder)
     bar = watch.bar("evaluating")
+    labeler = _graph_labels if distilled.manifest["y_kind"] == "prob" else None
     table = graph_judge.evaluate_graphs(
         distilled,
         dataset,
-        networks=_networks(networks, NetSpec(**named(distilled, "network"))),
+        networks=specs,
         protocol=protocol,
         seeds=seeds,
         seed=seed,
-        rows=rows,
+        rows=graph_judge.usual_rows(labeler is not None) if rows is None else rows,
         recipe=recipe,
         workers=workers,
+        labeler=labeler,
         log=(lambda record: files.append_json_line(folder / "results.jsonl", record)) if folder else None,
         on_progress=lambda done, total: bar(done, total, {}),
     )
     if folder is not None:
         files.write_json(folder / "table.json", table.to_json())
     return table
+
+
+def _graph_labels(graphs: Graphs, hops: int, degree: bool) -> torch.Tensor:
+    return graph_labels(trees_of(graphs, hops, degree=degree))
 
 
 def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
@@ -302,16 +329,31 @@ def _run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch)
 
 def _chosen(config: EvaluateConfig | EvaluateGraphsConfig, distilled: DistilledSet) -> list[NetSpec]:
     """The networks to judge with; the manifest's own has its options there where the command gives none."""
-    own = named(distilled, "network")
+    own = _own(distilled, getattr(config, "protocol", None))
     given = {key: value for key, value in vars(config.network).items() if key != "name" and value is not None}
     names = [config.network.name] if config.networks is None else config.networks
     return [NetSpec(**{**(own if name == own["name"] else {}), **given, "name": name}) for name in names]
+
+
+def _own(distilled: DistilledSet, protocol: str | None) -> dict[str, Any]:
+    """The network that the manifest names; the publication has a width and a depth of its own."""
+    own = named(distilled, "network")
+    return {"name": own["name"]} if protocol == graph_paper.PAPER else own
 
 
 def _networks(names: Sequence[str | NetSpec] | None, own: NetSpec) -> list[NetSpec]:
     if names is None:
         return [own]
     return [(own if name == own.name else NetSpec(name)) if isinstance(name, str) else name for name in names]
+
+
+def _check_kind(distilled: DistilledSet, *given: Any) -> None:
+    graphs = holds_graphs(distilled)
+    for value in given:
+        if isinstance(value, (Dataset, Recipe) if graphs else (GraphDataset, GraphRecipe)):
+            kind, other = ("graphs", "images") if graphs else ("images", "graphs")
+            said = f"the set of '{distilled.spec.name}' holds {kind}, a {type(value).__name__} is for {other}"
+            raise UsageError(said, f"Give a dataset and a recipe for {kind}")
 
 
 def _check_same(distilled: DistilledSet, dataset: Dataset | GraphDataset, watch: Watch) -> None:

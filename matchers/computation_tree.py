@@ -21,7 +21,7 @@ from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace, no_budge
 from matchers.itemsets import WALKS, absolute_support, mine, top
 from matchers.real_graphs import depth_of
 from matchers.tree_evidence import evidence_set, tree_frequency, tree_scores
-from matchers.tree_sets import Mined, item_trees, without_common
+from matchers.tree_sets import Mined, item_trees, scaled, without_common
 from synth import Forest
 from synth.graph_starts import within_bytes
 
@@ -53,7 +53,7 @@ class ComputationTreeOptions:
     degree: bool | None = None
     select: str | None = None
     variant: str = "own"
-    support: tuple[float, ...] = ()
+    support: tuple[float | int, ...] = ()
     itemsets: str = "closed"
     counts: str = "binary"
     weighting: str = "support"
@@ -68,6 +68,8 @@ class ComputationTreeOptions:
         require(self.counts, ("binary", "mean"), "matcher.counts")
         require(self.weighting, ("none", "support"), "matcher.weighting")
         require_positive("matcher.limit", self.limit)
+        for support in self.support:
+            absolute_support(support, 1)  # refuses what is neither a number of graphs nor a fraction
         if self.select == "evidence" and (self.support or self.variant == "mirage"):
             raise UsageError(
                 "matcher.support and matcher.variant=mirage are for sets of trees, not for select=evidence",
@@ -180,14 +182,22 @@ class ComputationTree:
             return _most_frequent(trees, state.scores, work.task, self.options.weighting != "none")
         o = self.settled(work.task)
         mined = without_common(state.mined) if o.drop_common else list(state.mined)
-        for name, found in zip(trees.spec.classes, mined, strict=True):
-            if not len(found.sizes):
-                raise UsageError(
-                    f"no set of trees is frequent in class '{name}' at these supports",
-                    "Lower matcher.support, or give matcher.drop_common=false",
-                )
-        items = item_trees(trees, mined, counts=o.counts, weighting=o.weighting, balance=o.class_balance)
-        return Forest.of(take(items, _within_budget(items, mined, work.task)))
+        _refuse_empty(state.mined, mined, trees.spec.classes)
+        items = item_trees(trees, mined, counts=o.counts, weighting=o.weighting)
+        return _filled(items, work.task, o.class_balance)
+
+
+def _refuse_empty(mined: Sequence[Mined], kept: Sequence[Mined], classes: Sequence[str]) -> None:
+    for name, found, left in zip(classes, mined, kept, strict=True):
+        if not len(found.sizes):
+            raise UsageError(
+                f"no set of trees is frequent in class '{name}' at these supports", "Lower matcher.support"
+            )
+        if not len(left.sizes):
+            raise UsageError(
+                f"each of the {len(found.sizes)} sets that are frequent in class '{name}' is so in another",
+                "Give matcher.drop_common=false or other supports",
+            )
 
 
 def _notes(trees: Trees, nodes: int) -> tuple[str, ...]:
@@ -205,17 +215,19 @@ def _put(mined: Sequence[Mined], c: int, found: Mined) -> tuple[Mined, ...]:
     return tuple(found if i == c else old for i, old in enumerate(mined))
 
 
-def _within_budget(items: Trees, mined: Sequence[Mined], task: Task) -> Tensor:
-    """Indices of the items that the budget allows: the first of each class."""
-    numbers = torch.arange(len(items)).split([len(found.sizes) for found in mined])
-    if task.budget is None:
-        return torch.arange(len(items))
-    if task.budget.ipc is not None:
-        return torch.cat([part[: task.budget.ipc] for part in numbers])
-    assert task.budget.nbytes is not None
-    return within_bytes(
-        numbers, task.budget.nbytes, lambda index: Forest.of(take(items, index)).nbytes["total"]
-    )
+def _filled(items: Trees, task: Task, balance: bool) -> Forest:
+    """The forest of what the budget allows: the first items of each class, weighed among themselves."""
+
+    def forest(index: Tensor) -> Forest:
+        return Forest.of(scaled(take(items, index), balance))
+
+    budget, everything = task.budget, torch.arange(len(items))
+    if budget is None:
+        return forest(everything)
+    numbers = everything.split(torch.bincount(items.y).tolist())
+    if budget.ipc is not None:
+        return forest(torch.cat([part[: budget.ipc] for part in numbers]))
+    return forest(within_bytes(numbers, budget.nbytes or 0, lambda index: forest(index).nbytes["total"]))
 
 
 def _most_frequent(trees: Trees, scores: Tensor, task: Task, weighted: bool) -> Forest:

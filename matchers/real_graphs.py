@@ -24,7 +24,7 @@ def depth_of(network: NetSpec, hops: int | None, degree: bool | None) -> tuple[i
     if hops is not None and hops < found.depth:
         raise UsageError(
             f"matcher.hops={hops} is less than the {found.depth} layers of network '{found.name}'",
-            f"Give matcher.hops={found.depth} or network.depth={hops}",
+            f"Give matcher.hops={found.depth}" + (f" or network.depth={hops}" if hops > 0 else ""),
         )
     if found.name == "gcn" and degree is False:
         raise UsageError(

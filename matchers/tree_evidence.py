@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ddengine.errors import require_positive
+from ddengine.errors import UsageError, require_positive
 from ddengine.ops.dag import Trees, closed, histogram, lowered
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # inverse strengths that cross-validation chooses from
@@ -43,9 +43,10 @@ def tree_scores(trees: Trees, folds: int = FOLDS) -> tuple[Float[Tensor, "c k"],
     The score of a graph is the mean of its nodes' scores, to which each level of a node's colour adds; rare
     trees thus have the scores of the shallower trees in them. The penalty is the one with the best mean
     accuracy on `folds` parts, each left out once. Deterministic. Scores of a colour have mean 0; their scale
-    is `SPREAD`, for only their ratios matter.
+    is `SPREAD`, for only their ratios matter. Raises UsageError for one class alone, and for a class with
+    fewer graphs than `folds`.
     """
-    require_positive("folds", folds)
+    _refuse_few(trees, folds)
     x, y = _frequencies(trees), trees.classes.numpy()
     part = np.empty(len(y), int)
     for c in np.unique(y):
@@ -64,6 +65,13 @@ def tree_scores(trees: Trees, folds: int = FOLDS) -> tuple[Float[Tensor, "c k"],
     full[:, model.classes_] = scores - scores.mean(1, keepdims=True)
     scale = np.average(np.abs(full).mean(1), weights=tree_frequency(trees).numpy())
     return torch.from_numpy(full * SPREAD / max(scale, 1e-12)), float(right[best])
+
+
+def graph_labels(trees: Trees) -> Float[Tensor, "g k"]:
+    """Soft labels of the graphs by the same model: the softmax of the mean of their nodes' scores."""
+    counts = histogram(trees)
+    nodes = np.asarray(counts.sum(1)).ravel()
+    return torch.from_numpy((counts @ tree_scores(trees)[0].numpy()) / nodes[:, None]).softmax(1).float()
 
 
 def evidence_set(
@@ -90,6 +98,19 @@ def evidence_set(
         y_kind="prob",
     )
     return closed(made)
+
+
+def _refuse_few(trees: Trees, folds: int) -> None:
+    require_positive("folds", folds)
+    classes = trees.spec.classes
+    counts = torch.bincount(trees.classes, minlength=len(classes)).tolist()
+    fewest = min(counts)
+    if len(classes) < 2 or fewest < folds:
+        raise UsageError(
+            f"{len(classes)} classes, '{classes[counts.index(fewest)]}' with {fewest} graphs: what trees say "
+            f"is learned from two classes or more, of {folds} graphs each at least",
+            "Give more graphs, or choose real ones with matcher=tree_herding",
+        )
 
 
 def _levels(trees: Trees) -> Sequence[Trees]:

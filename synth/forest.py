@@ -231,6 +231,8 @@ def _layout_problem(t: Mapping[str, Tensor]) -> str | None:
     sizes, entries, item_sizes = t["trees.sizes"], t["trees.entries"], t["items.sizes"]
     if len(sizes) > HOPS_MAX + 1 or int(sizes.min()) < 1:
         return f"trees.sizes is not a number above 0 for each of at most {HOPS_MAX + 1} levels"
+    if not len(item_sizes):
+        return "there is no item"
     above, r, z = int(sizes[1:].sum()), len(t["trees.child"]), len(t["items.color"])
     first = dict.fromkeys(("trees.x", "trees.degree"), int(sizes[0]))
     second = dict.fromkeys(("trees.own", "trees.entries"), above)
@@ -255,6 +257,8 @@ def _labels_problem(tensors: Mapping[str, Tensor], y_kind: str, spec: GraphSpec)
     classes = len(spec.classes)
     if y_kind == "class":
         return labels_problem(labels, items, y_kind, classes)
+    if classes < 2:
+        return "soft labels of one class say nothing"
     if labels.dtype != torch.uint8 or tuple(labels.shape) != (items, classes - 1):
         return f"labels are {labels.dtype} {list(labels.shape)}, not uint8 {[items, classes - 1]}"
     return "labels add up to more than 1" if int(labels.long().sum(1).max()) > LEVELS else None

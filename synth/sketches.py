@@ -112,6 +112,8 @@ def tree_cells(trees: Trees, codes: Int[np.ndarray, " c"], names: Sequence[int])
         shown = list(zip(color[inside][order].tolist(), count[inside][order].tolist(), strict=True))
         title = f"item {name}, weight {float(trees.weight[i]):.3g}" if uneven else f"item {name}"
         said = f"{number(count[inside].sum(), 'tree')}, {len(shown):,} distinct"
+        if trees.y_kind == "prob":
+            said = f"label {100 * float(trees.y[i].max()):.0f} %, {said}"
         yield joined([_head(title, said, TREE_CELL), *_side_by_side(rows, shown)])
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 import trained_experts
 from global_rng import global_rng_untouched
+from random_graphs import random_graphs
 
 import matchers
 from ddengine import checkpoint
 from ddengine.data import load
 from ddengine.errors import UsageError
+from ddengine.graphs import Graphs, as_graph_source
 from ddengine.loop import check_fit, run_identity
 from ddengine.nets import NetSpec
 from ddengine.rng import Rng
@@ -22,31 +24,67 @@ from synth import DistilledSet
 NET = NetSpec("convnet", width=4, depth=2)
 QUICK = {"steps": 3, "real_per_class": 5, "chunk": 31, "inner": {"steps": 2, "rate": 0.02}}
 AST = {"middle": "equal", "balance": True, "perturb": 1.0, "ema": 0.9}
-CASES = {
-    **{name: (name, {}) for name in matchers.MATCHERS},
+IMAGES = {
+    **{name: (name, {}) for name, found in matchers.MATCHERS.items() if found.accepts.source != "graphs"},
     "trajectory-learned": ("trajectory", {"labels": "learned", "start": "correct"}),
     "trajectory-target": ("trajectory", {"labels": "target", "gradient": "tesla"}),
     "trajectory-ast": ("trajectory", {**AST, "inner": {**QUICK["inner"], "momentum": 0.9, "batch": 7}}),
     "attention-buffer": ("attention", {"networks": "buffer"}),
 }
-DETERMINISTIC = {"herding", "kcenter"}  # selections that draw nothing
+GRAPHS = {
+    "computation_tree": ("computation_tree", {}),
+    "computation_tree-itemsets": ("computation_tree", {"select": "itemsets"}),
+    "computation_tree-mean": ("computation_tree", {"select": "itemsets", "counts": "mean"}),
+    "computation_tree-mirage": ("computation_tree", {"variant": "mirage", "support": (2, 2, 2)}),
+    **{name: (name, {}) for name in ("tree_herding", "random", "herding", "kcenter")},
+}
+CASES = {
+    **{name: ("images", *case) for name, case in IMAGES.items()},
+    **{f"graphs-{name}": ("graphs", *case) for name, case in GRAPHS.items()},
+}
+DETERMINISTIC = {"herding", "kcenter", "tree_herding", "computation_tree"}  # they draw nothing
+NETS = {"images": NET, "graphs": NetSpec("gin")}
 IPC = 3
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
+def images_task(tmp_path_factory):
     digits = load("digits").fit
     some = digits.take(torch.arange(0, len(digits), 9))
     buffer = trained_experts.write(tmp_path_factory.mktemp("experts") / "buffer", some, NET)
     return Task(some, Budget(IPC), buffer)
 
 
+@pytest.fixture(scope="module")
+def graphs_task():
+    """Three classes of 11, 11 and 10 small graphs with edge labels, isolated nodes among them."""
+    drawn = random_graphs(5, count=32, edge_sizes=(2,), edges=7)
+    graphs = as_graph_source(replace(drawn, y=torch.arange(32) % 3))
+    assert graphs.counts == [11, 11, 10] and bool((graphs.degree == 0).any())
+    return Task(graphs, Budget(IPC))
+
+
 @pytest.fixture(params=CASES)
-def matcher(request):
-    name, options = CASES[request.param]
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def task(case, request):
+    return request.getfixturevalue(f"{CASES[case][0]}_task")
+
+
+@pytest.fixture
+def matcher(case):
+    return made(case)
+
+
+def made(case):
+    """The matcher of a case, with few steps."""
+    kind, name, options = CASES[case]
     known = {f.name for f in fields(matchers.find(name).options)}
     quick = {key: value for key, value in QUICK.items() if key in known}
-    return matchers.make(name, NET, **{**quick, **options})
+    return matchers.make(name, NETS[kind], **{**quick, **options})
 
 
 def run(matcher, task, seed=5, state=None):
@@ -75,6 +113,14 @@ def copied(state):
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in checkpoint.leaves(state)}
 
 
+def unchanged(value, before):
+    """Whether a state or a source still holds what `copied` found in it."""
+    now = dict(checkpoint.leaves(value))
+    return all(
+        torch.equal(v, now[k]) if isinstance(v, torch.Tensor) else v == now[k] for k, v in before.items()
+    )
+
+
 def test_it_is_a_frozen_value_that_follows_the_protocol(matcher, task):
     assert isinstance(matcher, Matcher) and is_dataclass(matcher) and matcher.__dataclass_params__.frozen
     check_fit(task, matcher)
@@ -87,10 +133,10 @@ def test_the_same_seed_gives_the_same_bits(matcher, task):
     assert first[1] == second[1] and same(first[2], second[2])
 
 
-def test_another_seed_gives_another_set(matcher, task):
+def test_another_seed_gives_another_set(case, matcher, task):
     sets = [run(matcher, task, seed)[2] for seed in range(3)]
     alike = [same(sets[0], other) for other in sets[1:]]
-    if getattr(matcher, "selection", None) in DETERMINISTIC:
+    if getattr(matcher, "selection", CASES[case][1]) in DETERMINISTIC:
         assert all(alike)
     else:
         assert not all(alike)
@@ -111,19 +157,16 @@ def test_resumed_from_any_saved_state_equals_straight(matcher, task, tmp_path):
 def test_a_step_leaves_its_input_untouched(matcher, task):
     rng = Rng(5)
     state, work = matcher.init(task, rng), matcher.prepare(task, rng)
-    source = task.source.x.clone()
+    source = copied(task.source)
     for _ in range(2):
-        before = copied(state)
-        after, _ = matcher.step(state, work, rng)
-        after, _ = matcher.step(after, work, rng)
+        before, after = copied(state), state
+        for _ in range(max(2, matcher.steps(task) - state.step)):
+            after, _ = matcher.step(after, work, rng)
         matcher.finish(after, work, rng)
-        now = dict(checkpoint.leaves(state))
-        assert all(
-            torch.equal(v, now[k]) if isinstance(v, torch.Tensor) else v == now[k] for k, v in before.items()
-        )
+        assert unchanged(state, before)
         state, _ = matcher.step(state, work, rng)
     work.close()
-    assert torch.equal(task.source.x, source)
+    assert unchanged(task.source, source)
 
 
 def test_a_state_can_be_stepped_in_any_workspace(matcher, task):
@@ -145,29 +188,90 @@ def test_no_global_generator_is_touched(matcher, task):
 
 def test_budget_and_classes_are_respected(matcher, task):
     _, _, synth = run(matcher, task)
-    images = synth.decode()
-    assert len(images) == 10 * IPC and images.spec == task.source.spec
-    if images.y_kind == "class":
-        assert images.counts == [IPC] * 10
-    assert images.x.dtype == torch.float32 and images.x.isfinite().all()
-    assert torch.equal(synth.decode(torch.tensor([29, 0])).x, images.x[[29, 0]])
-    parts = {key: synth.nbytes[key] for key in ("images", "labels", "extras")}
-    assert synth.nbytes["total"] == sum(parts.values()) == sum(t.nbytes for t in synth.pack().values())
-    if isinstance(matcher, TrajectoryMatching):  # the student's rate
-        assert parts["extras"] == 4
+    decoded = synth.decode()
+    assert decoded.spec == task.source.spec
+    counts = torch.bincount(decoded.classes, minlength=len(decoded.spec.classes)).tolist()
+    if getattr(decoded, "y_kind", "class") == "class":
+        assert sum(counts) == len(decoded) and all(1 <= n <= IPC for n in counts)
+    if task.kind == "images" or isinstance(decoded, Graphs):
+        assert len(decoded) == IPC * len(decoded.spec.classes)
+    picked = synth.decode(torch.tensor([len(decoded) - 1, 0]))
+    assert torch.equal(picked.y, decoded.y[[-1, 0]])
+    if task.kind == "images":
+        assert decoded.x.dtype == torch.float32 and decoded.x.isfinite().all()
+        assert torch.equal(picked.x, decoded.x[[-1, 0]])
     assert DistilledSet.make(synth, recipe={}, provenance={}).nbytes == synth.nbytes
 
 
+def test_the_bytes_of_the_parts_are_those_of_the_packed_tensors(matcher, task):
+    _, _, synth = run(matcher, task)
+    parts = {key: n for key, n in synth.nbytes.items() if key != "total"}
+    assert parts.keys() >= {"images", "labels", "extras"} and (parts["images"] > 0) == (task.kind == "images")
+    assert synth.nbytes["total"] == sum(parts.values()) == sum(t.nbytes for t in synth.pack().values())
+    if isinstance(matcher, TrajectoryMatching):  # the student's rate
+        assert parts["extras"] == 4
+
+
 def test_a_budget_in_bytes_holds_the_stored_set(matcher, task):
-    some = replace(task, budget=Budget(nbytes=1600))
+    nbytes = 1600 if task.kind == "images" else 230
+    some = replace(task, budget=Budget(nbytes=nbytes))
     if getattr(matcher.options, "labels", "hard") != "hard":
         with pytest.raises(UsageError, match=r"budget.nbytes=1600 .* hard labels\nGive ipc=N"):
             run(matcher, some)
         return
     _, _, synth = run(matcher, some)
-    counts = synth.decode().counts
-    assert len(set(counts)) == 1 and counts[0] >= 1
-    assert synth.nbytes["images"] + synth.nbytes["labels"] <= 1600
+    decoded = synth.decode()
+    counts = torch.bincount(decoded.classes, minlength=len(decoded.spec.classes)).tolist()
+    assert min(counts) >= 1
+    if task.kind == "images":
+        assert len(set(counts)) == 1
+    assert synth.nbytes["images"] + synth.nbytes.get("trees", 0) + synth.nbytes["labels"] <= nbytes
+
+
+def test_a_budget_in_bytes_that_holds_nothing_is_refused(matcher, task):
+    with pytest.raises(UsageError, match="nbytes=3"):
+        run(matcher, replace(task, budget=Budget(nbytes=3)))
+
+
+def test_a_task_without_a_budget_needs_a_matcher_that_knows_the_size(case, matcher, task):
+    free = replace(task, budget=None)
+    if case == "graphs-computation_tree-mirage":
+        check_fit(free, matcher)
+        assert len(run(matcher, free)[2].decode()) >= 3
+        return
+    with pytest.raises(UsageError, match="a budget needs either ipc or nbytes\nGive for example ipc=10"):
+        check_fit(free, matcher)
+    with pytest.raises(UsageError, match="a budget needs either ipc or nbytes"):
+        matcher.init(free, Rng(0))
+
+
+def test_supports_make_a_budget_needless(graphs_task):
+    free = replace(graphs_task, budget=None)
+    for options in ({"support": (3,)}, {"support": (0.2,), "itemsets": "all"}):
+        mining = matchers.make("computation_tree", NETS["graphs"], **options)
+        check_fit(free, mining)
+        assert len(run(mining, free)[2].decode()) >= 3
+
+
+def test_a_matcher_of_images_or_graphs_refuses_the_other(images_task, graphs_task):
+    source = {name: found.accepts.source for name, found in matchers.MATCHERS.items()}
+    assert sorted(name for name in source if source[name] == "graphs") == ["computation_tree", "tree_herding"]
+    for name, takes in source.items():
+        for task in (images_task, graphs_task):
+            if takes in ("any", task.kind):
+                check_fit(task, matchers.find(name))
+                continue
+            with pytest.raises(
+                UsageError, match=f"works on {takes}, '.*' holds {task.kind}\nGive "
+            ) as refused:
+                check_fit(task, matchers.find(name))
+            assert "\n" not in refused.value.cause + refused.value.remedy
+
+
+def test_k_means_of_graphs_is_refused_in_one_line(graphs_task):
+    with pytest.raises(UsageError, match="unknown selection of graphs 'kmeans'\n.*Known: ") as refused:
+        run(matchers.make("kmeans", NETS["graphs"]), graphs_task)
+    assert "\n" not in refused.value.cause + refused.value.remedy
 
 
 def test_an_unknown_option_is_refused_with_the_known_ones():

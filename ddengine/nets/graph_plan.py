@@ -51,8 +51,8 @@ def selection(index: Int[Tensor, " r"], size: int, dtype: torch.dtype) -> Sparse
 def product(matrix: Sparse, h: Float[Tensor, "b *rest"]) -> Float[Tensor, "c *rest"]:
     """The matrix times h, rows of any shape. The order of the sums is fixed, forward and backward.
 
-    An embedding bag: three times faster than sparse CSR products of MKL and thirty times faster than
-    gathering and index_add on one core (NCI1, 64 to 320 columns), and there on every device.
+    An embedding bag, there on every device. On one core, the matrices of NCI1 at 64 and 320 columns, it took
+    1/2 to 1/30 of the time of MKL's sparse CSR product and 1/15 to 1/150 of that of gathering and index_add.
     """
     return _Product.apply(matrix, h)
 
@@ -77,8 +77,8 @@ class _Product(torch.autograd.Function):
         return None, _Product.apply(ctx.matrix.transposed, grads[0])
 
 
-def _starts(sorted_index: Tensor, size: int) -> Tensor:
-    counts = torch.bincount(sorted_index, minlength=size)
+def _starts(index: Tensor, size: int) -> Tensor:
+    counts = torch.bincount(index, minlength=size)
     return F.pad(counts.cumsum(0), (1, 0))
 
 

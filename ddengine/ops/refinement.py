@@ -18,6 +18,7 @@ from ddengine.graphs import Graphs
 SALTS = 8  # tried before a checked refinement gives up; one fails with odds of about levels * n^2 / 2^65
 NODE, EDGE, GRAPH = 0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0  # digits of pi
 WORD, SAFE = 2**64 - 1, 2**62
+ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 Codes = np.ndarray | Tensor
 
 
@@ -40,22 +41,9 @@ class Coloring:
         return [len(nodes) for nodes in self.representatives]
 
 
-@dataclass(frozen=True)
-class _Messages:
-    """Edges sorted by target: those of node v stand at pointer[v]..pointer[v + 1]."""
-
-    source: np.ndarray
-    pointer: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def degree(self) -> np.ndarray:
-        return np.diff(self.pointer)
-
-
 def mix(values: UInt64[np.ndarray, "*s"], salt: int) -> UInt64[np.ndarray, "*s"]:
     """A bijection of 64-bit words that scatters them: the finaliser of SplitMix64 (Steele et al., 2014)."""
-    z = values + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 & WORD)
+    z = values + np.uint64((salt + 1) * ODD & WORD)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)
@@ -84,12 +72,11 @@ def color_refinement(
     rows, ends = as_codes(x), as_codes(edge_index)
     labels = np.zeros((ends.shape[-1], 0), np.int64) if edge_attr is None else as_codes(edge_attr)
     _refuse(rows, ends, labels, hops)
-    messages = _messages(ends, labels, len(rows))
     if degree:
-        rows = np.column_stack([rows, messages.degree])
+        rows = np.column_stack([rows, np.bincount(ends[1], minlength=len(rows))])
     for shift in range(SALTS if check else 1):
-        coloring = _refine(rows, messages, hops, salt + shift)
-        if not check or _is_exact(coloring, messages):
+        coloring = _refine(rows, ends, labels, hops, salt + shift)
+        if not check or _is_exact(coloring, ends, labels):
             return coloring
     raise DDError(
         f"different trees of {len(rows)} nodes share a hash under each of {SALTS} salts from {salt}",
@@ -104,7 +91,7 @@ def graph_hashes(graphs: Graphs, hops: int = 3, salt: int = 0) -> UInt64[np.ndar
     stands. Unequal graphs share one where refinement cannot tell them apart, and with odds of 2^-64.
     """
     nodes = color_refinement(graphs.x, graphs.edge_index, graphs.edge_attr, hops=hops, salt=salt).hashes
-    sums = _segment_sums(mix(nodes ^ np.uint64(GRAPH), salt), _pointer(as_codes(graphs.nodes)))
+    sums = _sums(mix(nodes ^ np.uint64(GRAPH), salt), as_codes(graphs.batch), len(graphs))
     return mix(sums, salt)
 
 
@@ -146,22 +133,19 @@ def _refuse(rows: np.ndarray, ends: np.ndarray, labels: np.ndarray, hops: int) -
         )
 
 
-def _messages(ends: np.ndarray, labels: np.ndarray, n: int) -> _Messages:
-    order = np.argsort(ends[1])
-    return _Messages(ends[0][order], _pointer(np.bincount(ends[1], minlength=n)), labels[order])
-
-
-def _pointer(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _refine(rows: np.ndarray, messages: _Messages, hops: int, salt: int) -> Coloring:
-    first = hashes = _row_hashes(rows, NODE, salt)
-    labels = _row_hashes(messages.labels, EDGE, salt)
+def _refine(rows: np.ndarray, ends: np.ndarray, labels: np.ndarray, hops: int, salt: int) -> Coloring:
+    source, target = ends
     levels = [row_ids(rows)]
+    colors, nodes = levels[0]
+    hashes = _row_hashes(rows[nodes], NODE, salt).take(colors)
+    edges = _row_hashes(labels[:1] if (labels == labels[:1]).all() else labels, EDGE, salt)
+    thrice = 3 * hashes
     for _ in range(hops):
-        sent = mix(hashes[messages.source] ^ labels, salt)
-        hashes = mix(np.uint64(3) * first + _segment_sums(sent, messages.pointer), salt)
+        if len(edges) == 1:  # a node sends the same over all edges, and there are fewer nodes to mix
+            sent = mix(hashes ^ edges, salt).take(source)
+        else:
+            sent = mix(hashes.take(source) ^ edges, salt)
+        hashes = mix(thrice + _sums(sent, target, len(rows)), salt)
         levels.append(_dense(hashes))
     return Coloring(tuple(ids for ids, _ in levels), tuple(nodes for _, nodes in levels), hashes)
 
@@ -170,43 +154,52 @@ def _row_hashes(rows: np.ndarray, start: int, salt: int) -> np.ndarray:
     """Hashes of rows of codes; nodes and edges start apart, so that their equal codes differ."""
     found = np.full(len(rows), start, np.uint64)
     for column in rows.T:
-        found = mix(found + column.astype(np.uint64), salt)
+        found = mix(found + column.view(np.uint64), salt)
     return found
 
 
-def _segment_sums(values: np.ndarray, pointer: np.ndarray) -> np.ndarray:
-    """Sums modulo 2^64 of each segment: differences of one running sum, whose wrap-around cancels."""
-    running = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values, out=running[1:])
-    return running[pointer[1:]] - running[pointer[:-1]]
+def _sums(values: np.ndarray, index: np.ndarray, size: int) -> np.ndarray:
+    """Sums modulo 2^64 of the values of each index."""
+    sums = np.zeros(size, np.uint64)
+    np.add.at(sums, index, values)
+    return sums
 
 
 def _dense(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of equal values in order of first occurrence, and the place of each id's first one."""
-    order = np.argsort(values)
-    ranked = values[order]
-    new = np.r_[np.ones(min(len(values), 1), bool), ranked[1:] != ranked[:-1]]
-    first = np.minimum.reduceat(order, np.flatnonzero(new))
-    by_first = np.argsort(first)
-    rank, ids = np.empty_like(first), np.empty_like(order)
-    rank[by_first] = np.arange(len(first))
-    ids[order] = rank[np.cumsum(new) - 1]
-    return ids, first[by_first]
+    """Ids of equal values in order of first occurrence, and the place of each id's first one.
+
+    Rounds of a hash table: all places write themselves into their value's slot, the first one last, so that
+    it stays. Those that find another value there try again with another hash.
+    """
+    words, bits = values.view(np.uint64), len(values).bit_length() + 1
+    first, slots = np.empty(len(words), np.int64), np.empty(1 << bits, np.int64)
+    left, factor = np.arange(len(words))[::-1].copy(), ODD
+    while len(left):
+        keys = words.take(left)
+        slot = (keys * np.uint64(factor) >> (64 - bits)).view(np.int64)
+        slots[slot] = left
+        first[left] = found = slots.take(slot)
+        left, factor = left[words.take(found) != keys], factor * ODD & WORD
+    nodes = np.flatnonzero(first == np.arange(len(first)))
+    rank = np.empty_like(first)
+    rank[nodes] = np.arange(len(nodes))
+    return rank.take(first), nodes
 
 
-def _is_exact(coloring: Coloring, messages: _Messages) -> bool:
+def _is_exact(coloring: Coloring, ends: np.ndarray, labels: np.ndarray) -> bool:
     """Whether each node has its representative's first colour and multiset of messages, level by level."""
-    labels, kinds = row_ids(messages.labels)
-    base, degree, pointer = coloring.colors[0], messages.degree, messages.pointer
-    target = np.repeat(np.arange(len(base)), degree)
+    base, (source, target) = coloring.colors[0], ends
+    labels, kinds = row_ids(labels)
+    degree = np.bincount(target, minlength=len(base))
+    start, ordered = np.cumsum(degree) - degree, np.repeat(np.arange(len(base)), degree)
     for below, colors, nodes in zip(
         coloring.colors, coloring.colors[1:], coloring.representatives[1:], strict=False
     ):
         twin = nodes[colors]
         if (base[twin] != base).any() or (degree[twin] != degree).any():
             return False
-        keys = below[messages.source] * len(kinds) + labels
-        keys = keys[np.lexsort((keys, target))]
-        if (keys[(pointer[:-1][twin] - pointer[:-1])[target] + np.arange(len(keys))] != keys).any():
+        keys, _ = _dense(below[source] * len(kinds) + labels)
+        keys = np.sort(target * len(keys) + keys) - ordered * len(keys)
+        if (keys[(start[twin] - start)[ordered] + np.arange(len(keys))] != keys).any():
             return False
     return True

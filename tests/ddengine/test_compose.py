@@ -11,10 +11,13 @@ from omegaconf import OmegaConf
 import matchers
 from ddengine import catalog, loop, recipes
 from ddengine.compose import composed, spelled
-from ddengine.config import COMMANDS, DemoConfig, DistillConfig, EvaluateConfig
-from ddengine.data import DATASETS
+from ddengine.config import COMMANDS, DemoConfig, DistillConfig, EvaluateConfig, EvaluateGraphsConfig
+from ddengine.data import DATASETS, GRAPH_COLLECTIONS, GRAPHS
 from ddengine.errors import UsageError
+from ddengine.graph_judge import GRAPH_ROWS
+from ddengine.graph_train import GraphRecipe
 from ddengine.nets import NETWORKS
+from ddengine.nets.graph import GRAPH_NETWORKS
 from matchers import MATCHERS
 
 ROWS = [name for name, _, _ in catalog.configs()]
@@ -54,6 +57,36 @@ def test_defaults_of_every_command_are_those_of_its_dataclass():
         assert type(made) is kind
         for key in {f.name for f in fields(kind)} - {"defaults", "dataset", "network", "matcher"}:
             assert getattr(made, key) == getattr(kind(), key)
+
+
+def test_graph_sets_are_judged_by_the_defaults_of_the_judge():
+    made = composed("evaluate_graphs", _needed("evaluate_graphs"))
+    assert type(made) is EvaluateGraphsConfig
+    assert (made.dataset.collection, made.dataset.name, made.network.name) == ("tu", "MUTAG", "gin")
+    assert GraphRecipe(**recipes._tuples(vars(made.recipe))) == GraphRecipe()
+    assert tuple(made.rows) == GRAPH_ROWS
+
+
+def test_graphs_and_images_have_keys_of_their_own():
+    graphs = composed("distill", ["dataset=ogb", "dataset.name=ogbg_molbace", "dataset.root=a b"]).dataset
+    assert (graphs.collection, graphs.name, graphs.root) == ("ogb", "ogbg_molbace", "a b")
+    for words, key in (
+        (["dataset=digits"], "dataset.bins"),
+        (["dataset=tu", "dataset.name=M"], "dataset.size"),
+    ):
+        with pytest.raises(UsageError, match=f"unknown key '{key}'"):
+            composed("distill", [*words, f"{key}=8"])
+    with pytest.raises(UsageError, match="distill needs dataset.name"):
+        composed("distill", ["dataset=tu"])
+
+
+@pytest.mark.parametrize(
+    ("command", "dataset"),
+    [("buffer", "tu"), ("import", "ogb"), ("evaluate", "tu"), ("evaluate_graphs", "npz")],
+)
+def test_a_command_that_takes_the_other_kind_of_data_refuses_it(command, dataset):
+    with pytest.raises(UsageError, match=f"dataset={dataset} holds"):
+        composed(command, [f"dataset={dataset}"])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -135,8 +168,10 @@ def test_catalog_names_what_the_registries_hold():
         kind: [n for n, origin, _ in catalog.listing(kind) if origin == "ddengine"] for kind in catalog.KINDS
     }
     assert ours["matchers"] == list(MATCHERS)
-    assert ours["datasets"] == list(DATASETS)
-    assert ours["networks"] == list(NETWORKS)
+    assert ours["datasets"] == [*DATASETS, *GRAPHS]
+    assert list(GRAPHS) == list(GRAPH_COLLECTIONS)
+    assert ours["networks"] == [*NETWORKS, *GRAPH_NETWORKS]
+    assert (list(catalog.NETWORKS), list(catalog.GRAPH_NETWORKS)) == (list(NETWORKS), list(GRAPH_NETWORKS))
     assert all(text for kind in catalog.KINDS for _, _, text in catalog.listing(kind))
     assert all(text for _, _, text in catalog.configs())
 
@@ -260,4 +295,5 @@ def _plug_in(monkeypatch, entry):
 
 
 def _needed(command: str) -> list[str]:
-    return [] if command == "demo" else ["dataset=digits"]
+    needed = {"demo": [], "evaluate_graphs": ["dataset=tu", "dataset.name=MUTAG", "network=gin"]}
+    return needed.get(command, ["dataset=digits"])

@@ -190,11 +190,22 @@ def test_other_supports_are_refused(support):
 @given(baskets=baskets, count=st.integers(1, 9))
 def test_top_is_the_head_of_the_highest_support_with_enough_sets(kind, baskets, count):
     enough = [s for s in range(1, len(baskets) + 1) if len(naive_itemsets(baskets, s, kind)) >= count]
-    if enough:
-        assert top(baskets, count, kind) == mine(baskets, max(enough), kind=kind)[:count]
-    else:
-        with pytest.raises(UsageError, match=f"count={count}: at no support are there so many {kind}"):
-            top(baskets, count, kind)
+    found = top(baskets, count, kind)
+    assert found == mine(baskets, max(enough, default=1), kind=kind)[:count]
+    assert len(found) == count if enough else by_items(found) == naive_itemsets(baskets, 1, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_top_of_too_few_sets_are_all_there_are(kind):
+    assert top([], 3, kind) == top([[], []], 3, kind) == []
+    assert top([{4, 9}, {4}], 7, "closed") == [Itemset((4,), 2), Itemset((4, 9), 1)]
+    assert top([{4, 9}, {4}], 7, kind) == mine([{4, 9}, {4}], 1, kind=kind)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_count_below_one_is_refused(count):
+    with pytest.raises(UsageError, match=f"count={count} is out of range"):
+        top([{1}], count)
 
 
 @pytest.fixture(scope="module")

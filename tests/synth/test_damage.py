@@ -456,3 +456,11 @@ def test_random_values_in_a_sealed_manifest_of_graphs_raise_nothing_else(saved_g
     shutil.copytree(saved_graphs, copy)
     forge(copy, **{place: value})
     refuse(copy)
+
+
+def test_a_forest_of_no_items_is_refused(pristine_graphs, tmp_path):
+    folder = shutil.copytree(pristine_graphs["forest"], tmp_path / "distilled")
+    left_out = ("items.sizes", "items.color", "items.count", "weights")
+    tensors = {n: t for n, t in DistilledSet.load(folder).tensors.items() if n not in left_out}
+    forge(folder, {**tensors, "labels": tensors["labels"][0, 0].clone()})
+    assert "there is no item" in refuse(folder, "data.safetensors").cause

@@ -1,5 +1,6 @@
 """Sets of computation trees as a synthetic set: what they hold, their bytes, and what a reader refuses."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -189,9 +190,104 @@ def test_an_item_that_names_a_colour_twice_counts_it_once():
 def test_soft_labels_and_weights_are_near_what_was_given():
     trees = forest_like(11, soft=True, weights="half")
     decoded = Forest.of(trees).decode()
-    torch.testing.assert_close(decoded.y, trees.y, atol=1e-3, rtol=0)
+    torch.testing.assert_close(decoded.y, trees.y, atol=1 / 255, rtol=0)
     torch.testing.assert_close(decoded.y.sum(1), torch.ones(len(trees)), atol=1e-6, rtol=0)
     torch.testing.assert_close(decoded.weight, trees.weight, atol=0, rtol=2**-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    y=st.integers(2, 7).flatmap(
+        lambda k: st.lists(
+            st.lists(st.integers(0, 1000), min_size=k, max_size=k).filter(any), min_size=1, max_size=7
+        )
+    )
+)
+def test_soft_labels_are_stored_as_255ths_by_largest_remainders(y):
+    m, k = len(y), len(y[0])
+    trees = trees_of(random_graphs(0, count=m, classes=k), 1)
+    shares = torch.tensor(y).double()
+    given = (shares / shares.sum(1, keepdim=True)).float()
+    stored = Forest.of(replace(trees, y=given, y_kind="prob")).pack()["labels"]
+    assert stored.dtype == torch.uint8 and tuple(stored.shape) == (m, k - 1)
+    for seats, row in zip(stored.tolist(), shares.tolist(), strict=True):
+        quotas = [255 * value / sum(row) for value in row]
+        seats.append(255 - sum(seats))
+        assert min(seats) >= 0 and distance(seats, quotas) <= distance(by_hand(quotas), quotas) + 1e-3
+        assert all(abs(n - quota) < 1 + 1e-4 for n, quota in zip(seats, quotas, strict=True))
+
+
+def distance(seats, quotas):
+    """What rounding changed; largest remainders give the least (two halves may go either way)."""
+    return sum(abs(n - quota) for n, quota in zip(seats, quotas, strict=True))
+
+
+def by_hand(quotas):
+    """255 seats: whole quotas, then one more for the largest fractions of a seat."""
+    seats = [math.floor(quota) for quota in quotas]
+    order = sorted(range(len(quotas)), key=lambda i: seats[i] - quotas[i])
+    for i in order[: 255 - sum(seats)]:
+        seats[i] += 1
+    return seats
+
+
+@pytest.mark.parametrize(
+    ("row", "stored"),
+    [([1, 0, 0], [255, 0]), ([0, 0, 1], [0, 0]), ([0, 1, 0], [0, 255]), ([0.5, 0.5, 0], [128, 127]),
+     ([0.001, 0.001, 0.998], [0, 0]), ([0.003, 0.4, 0.597], [1, 102])],
+)  # fmt: skip
+def test_the_last_class_has_what_the_others_leave(row, stored):
+    trees = trees_of(random_graphs(0, count=1), 1)
+    forest = Forest.of(replace(trees, y=torch.tensor([row]).float(), y_kind="prob"))
+    assert forest.pack()["labels"].tolist() == [stored]
+    expected = torch.tensor([[*stored, 255 - sum(stored)]]) / 255
+    torch.testing.assert_close(forest.decode().y, expected, atol=1e-7, rtol=0)
+
+
+def test_soft_labels_of_one_class_are_refused():
+    trees = trees_of(random_graphs(0, classes=1), 1)
+    with pytest.raises(UsageError, match="one class"):
+        Forest.of(replace(trees, y=torch.ones(7, 1), y_kind="prob"))
+    assert len(Forest.of(trees).decode()) == 7
+
+
+def single_trees(colors, counts=None):
+    """Items of one tree each, of random graphs."""
+    trees = forest_like(5)
+    m, ones = len(colors), torch.ones(len(colors), dtype=torch.int64)
+    return replace(
+        trees,
+        item=torch.arange(m),
+        color=torch.tensor(colors),
+        count=ones if counts is None else torch.tensor(counts),
+        y=torch.arange(m) % 3,
+        weight=torch.ones(m),
+    )
+
+
+def test_the_colors_of_single_trees_in_order_cost_nothing():
+    forest = Forest.of(single_trees([2, 3, 7, 11]))
+    assert not {"items.sizes", "items.color", "items.count"} & forest.pack().keys()
+    back = Forest.unpack(forest.pack(), {"y_kind": "class"}, forest.spec)
+    assert same_bits(back, forest) and back.trees.color.tolist() == back.trees.item.tolist() == [0, 1, 2, 3]
+    times = Forest.of(single_trees([2, 3, 7, 11], counts=[1, 5, 1, 2])).pack()
+    assert times["items.count"].tolist() == [1, 5, 1, 2]
+    assert not {"items.sizes", "items.color"} & times.keys()
+
+
+@pytest.mark.parametrize("colors", [[3, 2, 7], [2, 2, 3], [2, 3, 3]])
+def test_the_colors_of_single_trees_in_another_order_are_stored(colors):
+    forest = Forest.of(single_trees(colors))
+    rank = sorted(set(colors))
+    assert forest.pack()["items.color"].tolist() == [rank.index(c) for c in colors]
+    assert same_bits(Forest.unpack(forest.pack(), {"y_kind": "class"}, forest.spec), forest)
+
+
+def test_the_colors_of_items_of_several_trees_are_stored_even_in_order():
+    trees = single_trees([2, 3, 7, 11])
+    pairs = replace(trees, item=torch.tensor([0, 0, 1, 1]), y=trees.y[:2], weight=trees.weight[:2])
+    packed = Forest.of(pairs).pack()
+    assert packed["items.color"].tolist() == [0, 1, 2, 3] and packed["items.sizes"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +351,16 @@ def signed(tensors, name):
     return {**tensors, name: tensors[name].to(torch.int16)}
 
 
+def without(tensors, *names):
+    return {name: t for name, t in tensors.items() if name not in names}
+
+
+def items_left_out(tensors, *sizes):
+    """Without what items hold but for the sizes that are given: colours in order, each once."""
+    rest = without(tensors, "items.sizes", "items.color", "items.count")
+    return {**rest, "items.sizes": torch.tensor(sizes, dtype=torch.uint8)} if sizes else rest
+
+
 PER_ENTRY = ("trees.child", "trees.times", "trees.edge")
 BROKEN = {
     "'trees.x' is missing": lambda t: {n: v for n, v in t.items() if n != "trees.x"},
@@ -282,11 +388,26 @@ BROKEN = {
     "items.color does not ascend": lambda t: {**t, "items.color": t["items.color"].flip(0)},
     "weights are .*torch.uint8": lambda t: {**t, "weights": t["weights"].to(torch.uint8)},
     "weights are .*6": lambda t: {**t, "weights": t["weights"][1:]},
-    "labels are .*float64": lambda t: {**t, "labels": t["labels"].double()},
-    "labels are .*\\[7, 2\\]": lambda t: {**t, "labels": t["labels"][:, :2]},
-    "labels are not finite": lambda t: put(t, "labels", (0, 0), float("nan")),
-    r"labels lie outside 0\.\.1": lambda t: put(t, "labels", (0, 0), -0.5),
-    "labels are not probabilities": lambda t: put(t, "labels", 0, 0.25),
+    "labels are torch.float64 .7, 2., not uint8": lambda t: {**t, "labels": t["labels"].double()},
+    "labels are torch.float16 .7, 2., not uint8": lambda t: {**t, "labels": t["labels"].half()},
+    "labels are torch.int16 .7, 2., not uint8": lambda t: {**t, "labels": t["labels"].short()},
+    "labels are torch.bool .7, 2., not uint8": lambda t: {**t, "labels": t["labels"].bool()},
+    r"labels are .*\[7, 3\], not": lambda t: {**t, "labels": t["labels"][:, [0, 1, 1]]},
+    r"labels are .*\[7, 1\], not": lambda t: {**t, "labels": t["labels"][:, :1]},
+    r"labels are .*\[6, 2\], not": lambda t: {**t, "labels": t["labels"][1:]},
+    r"labels are .*\[14\], not": lambda t: {**t, "labels": t["labels"].flatten()},
+    r"labels are .*\[7, 2, 1\], not": lambda t: {**t, "labels": t["labels"][:, :, None]},
+    r"labels are .*\[\], not": lambda t: {**t, "labels": t["labels"][0, 0]},
+    "add up to the 0 of items.color": lambda t: {**items_left_out(t, 1), "labels": t["labels"][0, 0]},
+    "there is no item": lambda t: {**items_left_out(t), "labels": t["labels"][0, 0]},
+    "no item": lambda t: {**items_left_out(t), "labels": t["labels"][:0]},
+    "labels add up to more than 1": lambda t: put(t, "labels", 0, 128),
+    "items.count has 22 rows where .* for 7": lambda t: without(t, "items.color"),
+    "items.sizes are .* add up to the 7 of": lambda t: without(t, "items.color", "items.count"),
+    r"labels are .*\[7, 2\], not uint8 \[1, 2\]": lambda t: without(items_left_out(t, 7), "weights"),
+    "a colour of an item is outside 0..21": lambda t: {
+        **items_left_out(t), "labels": t["labels"].repeat(4, 1), "weights": t["weights"].repeat(4)
+    },
     "weight does not": lambda t: put(t, "weights", 3, 0.0),
     "weight does not give": lambda t: put(t, "weights", 3, float("inf")),
     "level 2: own is outside": lambda t: put(t, "trees.own", -1, 250),

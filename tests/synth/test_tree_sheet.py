@@ -149,7 +149,20 @@ def test_items_of_the_largest_weight_are_shown_first_and_the_first_of_equals(tmp
 def test_soft_labels_put_an_item_into_its_likeliest_class(tmp_path):
     hard = trees_of(rings(("a", "b"), 2), 1)
     soft = replace(hard, y=torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.0, 1.0]]), y_kind="prob")
-    assert (picture(hard, tmp_path) == picture(soft, tmp_path)).all()
+    changed = (picture(hard, tmp_path) != picture(soft, tmp_path)).reshape(
+        picture(hard, tmp_path).shape[0], -1
+    )
+    rows = np.flatnonzero(changed.any(1))
+    assert len(rows), "a soft label is said in the second line of an item's box"
+    assert len(rows) < 40, "and nothing else changes: the rows of the classes hold the same items"
+    codes = np.arange(len(soft.dag.x))
+    said = [cell.marks[1][2] for cell in tree_cells(soft, codes, range(4))]
+    assert [text.partition(",")[0] for text in said] == [
+        "label 90 %",
+        "label 60 %",
+        "label 80 %",
+        "label 100 %",
+    ]
 
 
 def test_a_class_without_items_has_an_empty_row(tmp_path):
