@@ -30,7 +30,7 @@ from ddengine.errors import UsageError, require, require_positive, unknown
 from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets.core import NetSpec
-from ddengine.ops.dag import Trees
+from ddengine.ops.dag import Trees, trees_of
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe
