@@ -140,27 +140,32 @@ def rows(name: str, split: int, network: str, seeds: int, root: str, have: set[A
 
 
 def summary(records: list[Record]) -> str:
-    """Mean ± std over splits and seeds of both metrics, with the interval of the area's mean."""
-    lines = ["| set | network | budget | row | items | bytes | ROC-AUC | 95 % | accuracy | n | s |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    keys = dict.fromkeys((r["set"], r["network"], r["budget"], r["row"]) for r in records if "values" in r)
-    order = sorted(keys, key=lambda key: (list(SETS).index(key[0]), key[1], key[2] or 0))
-    for key in order:
-        mine = [
-            r for r in records if "values" in r and (r["set"], r["network"], r["budget"], r["row"]) == key
-        ]
-        cells = {}
-        for metric in ("roc_auc", "accuracy"):
-            cells[metric] = spread([v for r in mine if r["metric"] == metric for v in r["values"]])
-        (auc, dev, ci), (acc, acc_dev, _) = cells["roc_auc"], cells["accuracy"]
-        count = sum(len(r["values"]) for r in mine if r["metric"] == "roc_auc")
-        mean = [sum(r[name] or 0 for r in mine) / len(mine) for name in ("items", "bytes", "seconds")]
-        lines.append(
-            f"| {key[0]} | {key[1]} | {key[2] or ''} | {key[3]} | {mean[0]:.0f} | {mean[1]:,.0f} "
-            f"| {auc:.3f} ± {dev or 0:.3f} | {'' if ci is None else f'{ci[0]:.3f} to {ci[1]:.3f}'} "
-            f"| {acc:.3f} ± {acc_dev or 0:.3f} | {count} | {mean[2]:.1f} |"
-        )
-    return "\n".join(lines)
+    """For each set a Markdown table: ROC-AUC of every row and network, with interval, accuracy and cost."""
+    parts = []
+    for name in dict.fromkeys(r["set"] for r in records):
+        lines = ["| bytes up to | row | network | ROC-AUC | 95 % | accuracy | n | items | bytes | s |",
+                 "|--:|:--|:--|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        mine = [r for r in records if r["set"] == name and "values" in r]
+        keys = dict.fromkeys((r["budget"], r["row"], r["network"]) for r in mine)
+        lines += [_line(key, mine) for key in sorted(keys, key=lambda key: (key[0] or 10**9, key[1], key[2]))]
+        parts.append("\n".join([f"## {name}", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def _line(key: tuple[int | None, str, str], records: list[Record]) -> str:
+    """Mean ± standard deviation over all splits and seeds, and the interval of the mean."""
+    mine = [r for r in records if (r["budget"], r["row"], r["network"]) == key]
+    values = {m: [v for r in mine if r["metric"] == m for v in r["values"]] for m in ("roc_auc", "accuracy")}
+    (auc, dev, ci), (right, spread_of, _) = spread(values["roc_auc"]), spread(values["accuracy"])
+    items, nbytes, seconds = (
+        sum(r[part] or 0 for r in mine) / len(mine) for part in ("items", "bytes", "seconds")
+    )
+    return (
+        f"| {key[0] or ''} | {key[1]} | {key[2]} | {auc:.3f}{f' ± {dev:.3f}' if dev is not None else ''} "
+        f"| {'' if ci is None else f'{ci[0]:.3f} to {ci[1]:.3f}'} "
+        f"| {right:.3f}{f' ± {spread_of:.3f}' if spread_of is not None else ''} | {len(values['roc_auc'])} "
+        f"| {items:.0f} | {nbytes:,.0f} | {f'{seconds:.1f}' if seconds else ''} |"
+    )
 
 
 def main() -> None:

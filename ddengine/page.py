@@ -71,6 +71,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
   background: var(--ink); }
 .plots { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
+.bars + .scroll { margin-top: 2rem; }
 figure > svg { width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; }
 .axis { stroke: var(--line); fill: none; }

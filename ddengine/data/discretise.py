@@ -62,7 +62,7 @@ def discretise(
 def _standardised(x: np.ndarray, fit: np.ndarray) -> np.ndarray:
     ordered = np.sort(fit, axis=0)  # sums then do not depend on the order of rows
     mean, std = ordered.mean(0), ordered.std(0)
-    constant = ordered[0] == ordered[-1]
+    constant = (ordered[0] == ordered[-1]) | (std == 0)  # squares of the least numbers are 0
     return np.where(constant, 0.0, (x - mean) / np.where(constant, 1.0, std))
 
 

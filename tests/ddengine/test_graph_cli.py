@@ -181,6 +181,7 @@ BAD = [
     (["evaluate", "digits", *TWO], "dataset=tu holds graphs"),
     (["evaluate", "digits", "networks=[gin]"], "gin"),
     (["evaluate", "two", "rows=[kmeans]"], "kmeans"),
+    (["evaluate", "sets", "rows=[random_same_labels]"], "random_same_labels"),
     (["evaluate", "two", "protocol=paper/mirage"], "no recipe for 'TWO'"),
     (["evaluate", "two", "protocol=paper"], "'paper'"),
     (["evaluate", "ogb", "protocol=paper/mirage", "recipe.steps=3"], "a recipe of its own"),
@@ -278,16 +279,16 @@ def test_evaluate_prints_every_row_with_both_metrics(call, world):
     code, out, err = call("evaluate", "three", *QUICK, "seeds=2", "--json")
     table = one_object(out)
     assert code == 0
-    assert "evaluating: 10/10" in err
+    assert "evaluating: 12/12" in err
     assert {"protocol", "dataset", "rows", "scores"} <= set(table)
     names = list(dict.fromkeys(row["name"] for row in table["rows"]))
-    rows = ["distilled", "random_bytes", "herding_bytes", "untrained", "full", "size_only", "wl_logistic"]
-    assert names == rows
+    networked = ["distilled", "random_bytes", "random_same_labels", "herding_bytes", "untrained", "full"]
+    assert names == [*networked, "size_only", "wl_logistic"]
     wanted = {"name", "network", "metric", "mean", "std", "n", "ci95", "values", "steps", "bytes"}
     assert all(wanted <= set(row) for row in table["rows"])
     assert {row["metric"] for row in table["rows"]} == {"accuracy", "roc_auc"}
     assert same(json.loads((world / "three" / "table.json").read_text())) == same(table)
-    assert len((world / "three" / "results.jsonl").read_text().splitlines()) >= 10
+    assert len((world / "three" / "results.jsonl").read_text().splitlines()) >= 12
 
 
 def test_networks_that_the_set_was_not_made_for_judge_it_too(call):
@@ -381,6 +382,7 @@ def test_the_distill_command_of_a_run_finds_it_finished_and_makes_it_again(run, 
     ("run", "words"),
     [
         ("two", [*QUICK, "rows=[random_bytes]", "seeds=2", "recipe.pool=sum"]),
+        ("sets", QUICK),
         ("degrees", [*QUICK, "rows=[]", "networks=[gin,gat]", "recipe.dropout=0.5", "recipe.balance=false"]),
         (
             "it's $a run",
@@ -432,7 +434,7 @@ def test_python_does_what_the_command_line_does(call, world, tmp_path):
     assert same(table)["rows"] == same(evaluated("two")[0])["rows"]
     assert same(recipes.evaluate_graphs(tmp_path / "run", **FAST).to_json()) == same(table)
     assert same(json.loads((tmp_path / "run" / "table.json").read_text())) == same(table)
-    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2 * 5
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2 * 6
 
 
 def test_evaluate_takes_a_loaded_set_networks_and_rows_for_graphs(call, world):

@@ -13,7 +13,7 @@ from tu_folder import random_set, write_tu
 from ddengine import graph_bench, graph_judge, judge
 from ddengine.data import load, load_graphs
 from ddengine.errors import UsageError
-from ddengine.graph_judge import GRAPH_ROWS, JudgedGraphs, evaluate_graphs
+from ddengine.graph_judge import GRAPH_ROWS, JudgedGraphs, evaluate_graphs, usual_rows
 from ddengine.graph_train import GraphRecipe, accuracy, predicted, roc_auc, train_graph_networks
 from ddengine.nets import NetSpec
 from ddengine.nets.graph import build_graph_networks
@@ -275,6 +275,41 @@ def test_random_rows_draw_anew_for_each_network_and_herding_once(three, benches,
     assert sizes[2:] == [15, 15, len(bench.picks["herding_bytes", None])]
 
 
+def labels_of(graphs, hops, degree):
+    """Soft labels that tell how many nodes a graph has."""
+    return torch.nn.functional.one_hot(graphs.nodes % 3, 3) * 0.5 + torch.tensor([0.1, 0.1, 0.3])
+
+
+def test_random_graphs_with_the_labels_of_the_set_pay_for_them_in_its_bytes(three, benches, trained):
+    distilled, asked = forest(three), []
+    labeler = lambda graphs, hops, degree: (
+        asked.append((graphs, hops, degree)) or labels_of(graphs, hops, degree)
+    )
+    run = judged(distilled, three, rows=("random_same_labels", "random_bytes"), labeler=labeler)
+    (bench,), total, row = benches, distilled.nbytes["total"], run.row("random_same_labels")
+    assert asked == [(three.fit, 2, False)]
+    soft, wanted = labels_of(three.fit, 2, False), {}
+    for index in (None, 0, 1):
+        picked = bench.picks["random_same_labels", index]
+        wanted[index] = soft[picked]
+        size = lambda i: stored_graphs(three.fit.take(i), 2, False).nbytes["total"] + len(i)  # one byte more
+        assert size(picked) <= total
+        rest = [i for i in range(len(three.fit)) if i not in picked.tolist()]
+        assert any(size(torch.cat([picked, torch.tensor([i])])) > total for i in rest)
+        if index is None:
+            assert (row["bytes"]["total"], row["count"]) == (size(picked), len(picked))
+    seen = [trees.y for trees, _ in trained if trees.y_kind == "prob"]
+    assert len(seen) == 2 + 2
+    for mine, index in zip(seen, (None, None, 0, 1), strict=True):
+        assert torch.equal(mine, wanted[index])
+    assert {trees.y_kind for trees, _ in trained} == {"prob", "class"}
+
+
+def test_rows_follow_the_kind_of_labels():
+    assert usual_rows(soft=False) == GRAPH_ROWS
+    assert [row for row in usual_rows(soft=True) if row not in GRAPH_ROWS] == ["random_same_labels"]
+
+
 def test_the_untrained_row_scores_networks_as_they_are_drawn(three, runs, trained):
     run = judged(forest(three), three, rows=("untrained",), seeds=2)
     generators = [Rng(0).fold("judge", "gin", i).torch("weights") for i in range(2)]
@@ -391,6 +426,7 @@ def of_one_class(dataset, part):
         ({"rows": ("full", "herdin")}, "unknown row 'herdin'"),
         ({"rows": ("kmeans",)}, "unknown row 'kmeans'"),
         ({"rows": ("full", "full")}, "repeat"),
+        ({"rows": ("random_same_labels",)}, "this one has hard labels"),
         ({"seeds": 0}, "seeds=0"),
         ({"workers": 0}, "workers=0"),
         ({"protocol": "paper"}, "unknown protocol 'paper'"),
