@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ddengine.bench import SUBJECT, Record
@@ -26,13 +27,14 @@ from ddengine.graph_bench import (
 from ddengine.graph_paper import KEPT, PAPER
 from ddengine.graph_simple import SIMPLE, simple_rows
 from ddengine.graph_train import METRICS, GraphRecipe
-from ddengine.graphs import Graphs
+from ddengine.graphs import Graphs, GraphSpec
 from ddengine.nets.core import NetSpec
 from ddengine.nets.graph import build_graph_networks, resolve_graph
 from ddengine.ops.dag import Trees, histogram, trees_of
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
 from ddengine.tables import PROTOCOL, Row, Table, cost_of, label_networks
+from synth.forest import as_stored
 from synth.graph_starts import GRAPH_SELECTIONS, per_class, within_bytes
 from synth.graph_subset import stored_graphs
 
@@ -92,11 +94,11 @@ def evaluate_graphs(
     of accuracy and one of the area under the ROC curve.
 
     Rows ending in `_bytes` hold as many real graphs as fit in the set's bytes, stored in the smaller of our
-    two forms. The row `random_same_labels` needs the `labeler` of a soft-labelled set: it takes the fit part,
-    hops and whether degrees are told apart, and gives probabilities [g k]. The result is a function of the
-    arguments, not of `workers`. `log` gets a record for each trained network. Raises UsageError for networks
-    that do not fit the set, unknown rows, a set of other classes or labels, a test part of one class; DDError
-    when a worker process dies.
+    two forms, and one of each class at least. The row `random_same_labels` needs the `labeler` of a
+    soft-labelled set: it takes the fit part, hops and whether degrees are told apart, and gives
+    probabilities [g k]. The result is a function of the arguments, not of `workers`. `log` gets a record for
+    each trained network. Raises UsageError for networks that do not fit the set, unknown rows, a set of other
+    classes or labels, a test part of one class; DDError when a worker process dies.
     """
     require(protocol, (PROTOCOL, PAPER), "protocol")
     resolved = [resolve_graph(net) for net in networks]
@@ -109,6 +111,7 @@ def evaluate_graphs(
         )
     size = _Size(max(net.depth or 0 for net in resolved), any(map(needs_degree, resolved)))
     with one_thread():
+        soft = labeler(dataset.fit, size.hops, size.degree) if labeler and SAME_LABELS in rows else None
         bench = GraphBench(
             decoded,
             dataset.fit,
@@ -118,7 +121,7 @@ def evaluate_graphs(
             recipe,
             seed,
             RULES[protocol == PAPER],
-            labeler(dataset.fit, size.hops, size.degree) if labeler and SAME_LABELS in rows else None,
+            None if soft is None else as_stored(soft),
         )
     records = _trained(bench, resolved, rows, seeds, workers, log, on_progress)
     table = [
@@ -161,11 +164,8 @@ def _check(
     if not networks or len(set(networks)) < len(networks) or len(set(rows)) < len(rows):
         raise UsageError("networks or rows are empty or repeat one another", "Give each network and row once")
     mine, theirs = decoded.spec, dataset.spec
-    if (mine.classes, mine.node_sizes, mine.edge_sizes) != (
-        theirs.classes,
-        theirs.node_sizes,
-        theirs.edge_sizes,
-    ):
+    parts = ("classes", "node_sizes", "edge_sizes", "discretised")
+    if any(getattr(mine, part) != getattr(theirs, part) for part in parts) or not _same_values(mine, theirs):
         raise UsageError(
             f"the set has {len(mine.classes)} classes and node labels {mine.node_sizes}, '{theirs.name}' "
             f"{len(theirs.classes)} and {theirs.node_sizes}, or their classes or edge labels differ",
@@ -174,6 +174,14 @@ def _check(
     for net in networks:  # a network that does not fit is refused before any is trained
         generator = Rng(seed).torch("check")
         build_graph_networks(net, mine, [generator]).plan(trees_for(decoded, net))
+
+
+def _same_values(mine: GraphSpec, theirs: GraphSpec) -> bool:
+    """Whether the codes of continuous attributes stand for the same values."""
+    pairs = ((mine.node_values, theirs.node_values), (mine.edge_values, theirs.edge_values))
+    tables = [(a, b) for one, two in pairs for a, b in zip(one, two, strict=False)]
+    nothing = torch.zeros(0)
+    return all(torch.equal(*(nothing if v is None else v.float() for v in pair)) for pair in tables)
 
 
 def _picks(
@@ -204,7 +212,9 @@ def _picks(
                 def total(chosen: Tensor, extra: int = extra) -> int:
                     return size.nbytes(fit.take(chosen))["total"] + extra * len(chosen)
 
-                yield (row, index), within_bytes(ranked, nbytes, total)
+                least = per_class(ranked, 1)
+                fits = total(least) <= nbytes
+                yield (row, index), within_bytes(ranked, nbytes, total) if fits else least
 
 
 def _trained(

@@ -17,7 +17,7 @@ import torch
 from ddengine import __version__, checkpoint, files
 from ddengine.errors import ArtefactError, DDError, Interrupted, UsageError
 from ddengine.nets import resolve
-from ddengine.nets.graph import resolve_graph
+from ddengine.nets.graph import resolve_graph, usual_graph
 from ddengine.parallel import signals
 from ddengine.rng import Rng
 from ddengine.types import Matcher, Metrics, Task, Workspace, no_budget
@@ -187,7 +187,9 @@ def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
     network = getattr(matcher, "network", None)
     if network is not None:
         graphs = task.kind == "graphs"
-        network = (resolve_graph(network) if graphs else resolve(network, task.images.spec.shape)).to_dict()
+        network = (
+            resolve_graph(usual_graph(network)) if graphs else resolve(network, task.images.spec.shape)
+        ).to_dict()
     dataset = _plain(dict(task.origin)) or {"name": task.source.spec.name}
     return {"protocol": "standard-v1", "network": network, "dataset": dataset}
 

@@ -115,7 +115,7 @@ def _section(run: Mapping[str, Any]) -> Iterator[str]:
     pairs = (f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in settings(run))
     yield f"<dl>{''.join(pairs)}</dl>"
     if run["preview"]:
-        what = "trees" if "trees" in run["set"]["budget"] else "images"
+        what = {"forest": "trees", "graphs": "graphs"}.get(run["set"]["kind"], "images")
         alt = f"the distilled {what}, one row a class: {', '.join(run['set']['dataset']['classes'][:20])}"
         yield f'<h3>The distilled {what}</h3><figure class="picture">'
         yield f'<img alt="{text(alt)}" src="data:image/png;base64,{text(run["preview"])}"></figure>'

@@ -99,6 +99,7 @@ def evaluate(
     *,
     dataset: str | Dataset | GraphDataset | None = None,
     networks: Sequence[str | NetSpec] | None = None,
+    protocol: str = graph_judge.PROTOCOL,
     seeds: int = 5,
     seed: int = 0,
     rows: Sequence[str] | None = None,
@@ -123,7 +124,8 @@ def evaluate(
         require(precision, ("auto", "fp32"), "precision for graph networks")
         given: dict[str, Any] = {"dataset": dataset, "recipe": recipe, "networks": networks, "seeds": seeds}
         given |= {"seed": seed, "workers": workers, "watch": watch, "out": out, **load}
-        return evaluate_graphs(path, **given, rows=rows)
+        return evaluate_graphs(path, **given, rows=rows, protocol=protocol)
+    require(protocol, (graph_judge.PROTOCOL,), "protocol for a set of images")
     assert not isinstance(recipe, GraphRecipe)
     if not isinstance(dataset, Dataset):
         own = named(distilled, "dataset") if dataset is None else {"name": dataset}
@@ -182,7 +184,9 @@ def evaluate_graphs(
         own = named(distilled, "dataset") if dataset is None else {"collection": dataset, "name": ""}
         dataset = data.load_graphs(**{**own, **load})
     _check_same(distilled, dataset, watch)
-    specs, recipe = _networks(networks, NetSpec(**_own(distilled, protocol))), recipe or GraphRecipe()
+    usual = NetSpec(**_own(distilled, protocol))
+    specs = [replace(spec, depth=spec.depth or usual.depth) for spec in _networks(networks, usual)]
+    recipe = recipe or GraphRecipe()
     if protocol == graph_paper.PAPER:
         decoded = distilled.decode()
         hops = decoded.dag.hops if isinstance(decoded, Trees) else None
@@ -366,6 +370,12 @@ def _check_same(distilled: DistilledSet, dataset: Dataset | GraphDataset, watch:
             "Evaluate with the dataset that the set was made from",
         )
     if distilled.spec.fingerprint != dataset.spec.fingerprint:
+        if isinstance(dataset, GraphDataset) and distilled.spec.name == dataset.spec.name:
+            raise UsageError(
+                f"this '{dataset.spec.name}' or its split is not the one that the set was made from: "
+                "graphs that the set knows may be among those to test on",
+                "Give dataset.root and dataset.split as they were when it was distilled",
+            )
         watch.notice(
             "warning: this dataset is not the one that the set was made from (their fingerprints differ)"
         )

@@ -44,19 +44,20 @@ MIRAGE = {
 
 @dataclass(frozen=True)
 class ComputationTreeOptions:
-    """`hops` and `degree` follow from the network where they are None; `select` from whether `support` is
-    given. `support` has a number of graphs or a fraction of a class for each class, or one for all; where it
-    is empty the budget decides. `limit` stops a mining that finds more sets.
+    """`hops` and `degree` follow from the network where they are None; `select` from whether an option of
+    sets of trees is given, from `variant` on. `support` has a number of graphs or a fraction of a class for
+    each class, or one for all; where it is empty the budget decides. `limit` stops a mining that finds more
+    sets. `weighting` "support" weighs trees by their frequency, sets by their support.
     """
 
     hops: int | None = None
     degree: bool | None = None
     select: str | None = None
+    weighting: str = "support"
     variant: str = "own"
     support: tuple[float | int, ...] = ()
     itemsets: str = "closed"
     counts: str = "binary"
-    weighting: str = "support"
     class_balance: bool = True
     drop_common: bool = False
     limit: int = 100_000
@@ -70,11 +71,25 @@ class ComputationTreeOptions:
         require_positive("matcher.limit", self.limit)
         for support in self.support:
             absolute_support(support, 1)  # refuses what is neither a number of graphs nor a fraction
-        if self.select == "evidence" and (self.support or self.variant == "mirage"):
+        if self.select == "evidence" and self.of_sets:
             raise UsageError(
-                "matcher.support and matcher.variant=mirage are for sets of trees, not for select=evidence",
-                "Leave them out, or give matcher.select=itemsets",
+                f"matcher.{self.of_sets[0]} is for sets of trees, not for select=evidence",
+                "Leave it out, or give matcher.select=itemsets",
             )
+        fixed = [name for name in self.of_sets if name not in ("variant", "support", "limit")]
+        if self.variant == "mirage" and (fixed or self.weighting != "support"):
+            raise UsageError(
+                f"matcher.{[*fixed, 'weighting'][0]} is fixed by the published form, variant=mirage",
+                "Leave it out, or leave matcher.variant out",
+            )
+
+    @property
+    def of_sets(self) -> list[str]:
+        """The options of sets of trees that are not at their default."""
+        names = ("variant", "support", "itemsets", "counts", "class_balance", "drop_common", "limit")
+        return [
+            name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class TreeState:
 
 @dataclass(frozen=True)
 class ComputationTree:
-    """Mines one class a step, or fits the evidence of all trees in one; `finish` fills the budget."""
+    """One step mines all classes, or fits the evidence of all trees; `finish` fills the budget."""
 
     options: ComputationTreeOptions = ComputationTreeOptions()
     network: NetSpec = NetSpec("gin")
@@ -97,13 +112,12 @@ class ComputationTree:
     def accepts(self) -> Accepts:
         """Graphs; supports that are given say how much the set holds."""
         sized = bool(self.options.support) or self.options.variant == "mirage"
-        return Accepts(source="graphs", budget=not sized)
+        return Accepts(source="graphs", bf16=False, budget=not sized)
 
     @property
     def evidence(self) -> bool:
         """Whether single trees with soft labels are selected, and no sets of trees."""
-        o = self.options
-        return o.select == "evidence" or (o.select is None and not o.support and o.variant == "own")
+        return self.options.select == "evidence" or (self.options.select is None and not self.options.of_sets)
 
     def settled(self, task: Task) -> ComputationTreeOptions:
         """The options for this task: those of the published form where it is asked for."""
@@ -118,6 +132,8 @@ class ComputationTree:
             )
         return replace(
             o,
+            select="itemsets",
+            variant="own",
             support=o.support or support,
             hops=hops if o.hops is None else o.hops,
             itemsets="all",
@@ -128,8 +144,8 @@ class ComputationTree:
         )
 
     def steps(self, task: Task) -> int:
-        """One for each class to mine; one for the evidence of all."""
-        return 1 if self.evidence else len(task.graphs.spec.classes)
+        """One: a run whose options give no set is refused before its folder holds anything."""
+        return 1
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
         """The trees of all graphs on one DAG."""
@@ -146,19 +162,18 @@ class ComputationTree:
         return TreeState(0, nothing, torch.zeros(0, len(nothing), dtype=torch.float64))
 
     def step(self, state: TreeState, work: Workspace, rng: Rng) -> tuple[TreeState, Metrics]:
-        """Fit the trees' evidence, or mine the class whose turn it is."""
+        """Fit the trees' evidence, or mine the sets of each class."""
         trees = work.extra["trees"]
         if self.evidence:
             scores, accuracy = tree_scores(trees)
+            after = replace(state, step=1, scores=scores)
             metrics = {"model_accuracy": accuracy, "trees": float(len(scores))}
-            return replace(state, step=1, scores=scores), metrics
-        c = state.step
-        found = self._mine(work.task, trees, c)
-        metrics = {
-            "sets": float(len(found.sizes)),
-            "least_support": float(min(found.support.tolist(), default=0)),
-        }
-        return replace(state, step=c + 1, mined=_put(state.mined, c, found)), metrics
+        else:
+            mined = tuple(self._mine(work.task, trees, c) for c in range(len(state.mined)))
+            after = replace(state, step=1, mined=mined)
+            metrics = {f"sets_{c}": float(len(found.sizes)) for c, found in enumerate(mined)}
+        self.finish(after, work, rng)  # a budget that nothing fits is refused here, not after the run began
+        return after, metrics
 
     def _mine(self, task: Task, trees: Trees, c: int) -> Mined:
         o, classes = self.settled(task), len(task.graphs.spec.classes)
@@ -182,12 +197,14 @@ class ComputationTree:
             return _most_frequent(trees, state.scores, work.task, self.options.weighting != "none")
         o = self.settled(work.task)
         mined = without_common(state.mined) if o.drop_common else list(state.mined)
-        _refuse_empty(state.mined, mined, trees.spec.classes)
+        _refuse_empty(state.mined, mined, trees.spec.classes, self.options.variant)
         items = item_trees(trees, mined, counts=o.counts, weighting=o.weighting)
         return _filled(items, work.task, o.class_balance)
 
 
-def _refuse_empty(mined: Sequence[Mined], kept: Sequence[Mined], classes: Sequence[str]) -> None:
+def _refuse_empty(
+    mined: Sequence[Mined], kept: Sequence[Mined], classes: Sequence[str], variant: str
+) -> None:
     for name, found, left in zip(classes, mined, kept, strict=True):
         if not len(found.sizes):
             raise UsageError(
@@ -196,7 +213,7 @@ def _refuse_empty(mined: Sequence[Mined], kept: Sequence[Mined], classes: Sequen
         if not len(left.sizes):
             raise UsageError(
                 f"each of the {len(found.sizes)} sets that are frequent in class '{name}' is so in another",
-                "Give matcher.drop_common=false or other supports",
+                "Give other supports" + (" or matcher.drop_common=false" if variant == "own" else ""),
             )
 
 
@@ -211,10 +228,6 @@ def _notes(trees: Trees, nodes: int) -> tuple[str, ...]:
     return (f"warning: {said}; almost no tree occurs twice, so trees say little here: fewer hops share more",)
 
 
-def _put(mined: Sequence[Mined], c: int, found: Mined) -> tuple[Mined, ...]:
-    return tuple(found if i == c else old for i, old in enumerate(mined))
-
-
 def _filled(items: Trees, task: Task, balance: bool) -> Forest:
     """The forest of what the budget allows: the first items of each class, weighed among themselves."""
 
@@ -227,7 +240,8 @@ def _filled(items: Trees, task: Task, balance: bool) -> Forest:
     numbers = everything.split(torch.bincount(items.y).tolist())
     if budget.ipc is not None:
         return forest(torch.cat([part[: budget.ipc] for part in numbers]))
-    return forest(within_bytes(numbers, budget.nbytes or 0, lambda index: forest(index).nbytes["total"]))
+    what = "one set of trees of each class"
+    return forest(within_bytes(numbers, budget.nbytes or 0, lambda i: forest(i).nbytes["total"], what))
 
 
 def _most_frequent(trees: Trees, scores: Tensor, task: Task, weighted: bool) -> Forest:
@@ -242,7 +256,6 @@ def _most_frequent(trees: Trees, scores: Tensor, task: Task, weighted: bool) -> 
     assert budget is not None
     if budget.ipc is not None:
         return forest(min(budget.ipc * len(trees.spec.classes), len(order)))
-    chosen = within_bytes(
-        [torch.arange(len(order))], budget.nbytes or 0, lambda i: forest(len(i)).nbytes["total"]
-    )
+    every = [torch.arange(len(order))]
+    chosen = within_bytes(every, budget.nbytes or 0, lambda i: forest(len(i)).nbytes["total"], "one tree")
     return forest(len(chosen))

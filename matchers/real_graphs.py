@@ -3,7 +3,7 @@
 from jaxtyping import Int
 from torch import Tensor
 
-from ddengine.errors import UsageError, require
+from ddengine.errors import UsageError
 from ddengine.nets.core import NetSpec
 from ddengine.nets.graph import resolve_graph
 from ddengine.ops.dag import histogram, trees_of
@@ -40,7 +40,11 @@ def pick(task: Task, selection: str, hops: int, degree: bool, rng: Rng) -> Int[T
     A graph counts as stored in the smaller of our two forms. Raises UsageError for a selection that works on
     images only, for a class with too few graphs and for a budget that not one graph a class fits.
     """
-    require(selection, GRAPH_SELECTIONS, "selection of graphs")
+    if selection not in GRAPH_SELECTIONS:
+        raise UsageError(
+            f"matcher={selection} works on images only",
+            f"For graphs give one of {', '.join(GRAPH_SELECTIONS)}",
+        )
     graphs, budget = task.graphs, task.budget
     if budget is None:
         raise no_budget()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddengine.errors import require
 from ddengine.nets.core import NetSpec
+from ddengine.nets.graph import usual_graph
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from matchers.real_graphs import depth_of, pick
@@ -47,6 +48,10 @@ class SubsetSelection:
     def __post_init__(self) -> None:
         require(self.selection, SELECTIONS, "selection")
 
+    @property
+    def _depth(self) -> tuple[int, bool]:
+        return depth_of(usual_graph(self.network), None, None)
+
     def steps(self, task: Task) -> int:
         """None to do."""
         return 0
@@ -58,8 +63,7 @@ class SubsetSelection:
     def init(self, task: Task, rng: Rng) -> SubsetState:
         """The selection at `task.ipc` images per class, of graphs what fills the budget."""
         if task.kind == "graphs":
-            hops, degree = depth_of(self.network, None, None)
-            return SubsetState(0, pick(task, self.selection, hops, degree, rng.fold("start")))
+            return SubsetState(0, pick(task, self.selection, *self._depth, rng.fold("start")))
         return SubsetState(0, SELECTIONS[self.selection](task.images, task.ipc, rng.fold("start")))
 
     def step(self, state: SubsetState, work: Workspace, rng: Rng) -> tuple[SubsetState, Metrics]:
@@ -69,5 +73,7 @@ class SubsetSelection:
     def finish(self, state: SubsetState, work: Workspace, rng: Rng) -> SynthSet:
         """A uint8 copy of the chosen images, their labels and their indices; graphs in their smaller form."""
         if work.task.kind == "graphs":
-            return stored_graphs(work.data.take(state.indices), *depth_of(self.network, None, None))
+            return stored_graphs(
+                work.data.take(state.indices), *depth_of(usual_graph(self.network), None, None)
+            )
         return Subset.of(work.data, state.indices)

@@ -32,7 +32,7 @@ class TreeHerding:
     options: TreeHerdingOptions = TreeHerdingOptions()
     network: NetSpec = NetSpec("gin")
 
-    accepts: ClassVar[Accepts] = Accepts(source="graphs")
+    accepts: ClassVar[Accepts] = Accepts(source="graphs", bf16=False)
 
     @property
     def depth(self) -> tuple[int, bool]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ddengine.errors import UsageError, require
@@ -189,6 +189,11 @@ def _levels_of(y: Tensor) -> Tensor:
     levels = shares.floor()
     order = (levels - shares).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return (levels + (order < LEVELS - levels.sum(1, keepdim=True))).long()
+
+
+def as_stored(y: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
+    """Probabilities [m k] as a forest stores them: rounded to 255ths, each row of sum 1."""
+    return _probabilities(_levels_of(y.detach().cpu().double())[:, :-1])
 
 
 def _probabilities(labels: Tensor) -> Tensor:

@@ -70,19 +70,22 @@ def per_class(rankings: Sequence[Int[Tensor, " _"]], count: int) -> Int[Tensor, 
 
 
 def within_bytes(
-    rankings: Sequence[Int[Tensor, " _"]], nbytes: int, size: Callable[[Tensor], int]
+    rankings: Sequence[Int[Tensor, " _"]],
+    nbytes: int,
+    size: Callable[[Tensor], int],
+    what: str = "one graph of each class",
 ) -> Int[Tensor, " m"]:
     """The first graphs of each ranking that fit in `nbytes`, class by class; a class's stay a prefix.
 
     Graphs are added in turn, one of each class; a class drops out when its next does not fit or there is
     none. So the selection is balanced until the bytes or a class run out. `size` gives the bytes of a
     selection and does not fall as graphs are added; it is called O(classes * log graphs) times. Raises
-    UsageError when one graph of each class does not fit or a class has none.
+    UsageError when `what`, the first of each ranking, does not fit or a class has none.
     """
     least = size(per_class(rankings, 1))
     if least > nbytes:
         raise UsageError(
-            f"one graph of each class takes {least} bytes, and nbytes={nbytes}",
+            f"{what} takes {least} bytes, and nbytes={nbytes}",
             f"Give {least} bytes or more",
         )
     taken, active = [1] * len(rankings), list(range(len(rankings)))

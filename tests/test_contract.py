@@ -269,7 +269,7 @@ def test_a_matcher_of_images_or_graphs_refuses_the_other(images_task, graphs_tas
 
 
 def test_k_means_of_graphs_is_refused_in_one_line(graphs_task):
-    with pytest.raises(UsageError, match="unknown selection of graphs 'kmeans'\n.*Known: ") as refused:
+    with pytest.raises(UsageError, match="matcher=kmeans works on images only\n.*kcenter") as refused:
         run(matchers.make("kmeans", NETS["graphs"]), graphs_task)
     assert "\n" not in refused.value.cause + refused.value.remedy
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ddengine.errors import unknown
 
 if TYPE_CHECKING:
-    from ddengine.data.graph_source import GRAPHS, GraphDataset, load_graphs
+    from ddengine.data.graph_source import GRAPHS, GraphDataset, load_graphs, split_graphs
     from ddengine.data.registry import DATASETS, load
     from ddengine.data.source import Dataset, Part, Request, Source
 
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "load_graphs",
     "names",
+    "split_graphs",
 ]
 
 GROUP = "ddengine.datasets"
@@ -62,6 +63,7 @@ _LAZY = {
     "GRAPHS": "graph_source",
     "GraphDataset": "graph_source",
     "load_graphs": "graph_source",
+    "split_graphs": "graph_source",
 }
 
 

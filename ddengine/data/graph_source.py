@@ -10,9 +10,9 @@ from torch import Tensor
 from ddengine.data import dataset_root
 from ddengine.data.discretise import Discretised
 from ddengine.data.discretise import discretise as discretise_attributes
-from ddengine.data.graph_split import content, fingerprint, hashed_parts, sorted_parts
+from ddengine.data.graph_split import Parts, content, fingerprint, hashed_parts, sorted_parts
 from ddengine.data.ogb import read_ogb
-from ddengine.data.raw_graphs import RawGraphs
+from ddengine.data.raw_graphs import RawGraphs, check_columns, check_made_columns
 from ddengine.data.tu import read_tu
 from ddengine.errors import UsageError, require, require_positive, unknown
 from ddengine.graphs import DISCRETISED, Graphs, GraphSpec
@@ -74,29 +74,38 @@ def assemble_graphs(
 ) -> GraphDataset:
     """Clean what a reader gave, divide it, and make codes of it that all parts share. Raises UsageError."""
     _check_options(discretise, bins, split)
-    _check_classes(raw)
+    _check_classes(raw.name, raw.classes)
     raw, notes = cleaned(raw)
     raw, left_out = _chosen(raw, discretise)
+    check_made_columns(raw, discretise)
     graphs = coded(_as_labels(raw))
-    keys = content(graphs)
-    parts = sorted_parts(keys, graphs.y, _parts(graphs, raw, split))
-    _check_parts(graphs, parts)
+    parts, print_of_data = _identified(graphs, _parts(graphs, raw, split), split)
     absent = len(graphs) - sum(len(part) for part in parts)
     if absent:
         notes += (f"{absent} of {len(graphs)} graphs are in no part of the official split: left out",)
-    print_of_data = fingerprint(keys, graphs, parts, split)
     if raw.node_attributes is not None or raw.edge_attributes is not None:
         graphs, made = _discretised(raw, parts[0], str(discretise), bins)
         notes += made
     if graphs.spec.codes_from == "degree":
         notes += _degree_notes(raw)
-    graphs = replace(graphs, spec=replace(graphs.spec, fingerprint=print_of_data))
-    fit, validation, test = (graphs.take(part) for part in parts)
-    return GraphDataset(fit, validation, test, (*left_out, *notes))
+    return _divided(graphs, parts, print_of_data, (*left_out, *notes))
+
+
+def split_graphs(graphs: Graphs, split: int = 0) -> GraphDataset:
+    """Your own graphs, such as those of `from_pyg`, divided 80/10/10 by their content, with a fingerprint.
+
+    Parts and fingerprint are those of a loaded set of the same graphs; `split` numbers the splits. Self-loops
+    stay. Raises UsageError for one class, a class too small for three parts, and too many label columns.
+    """
+    spec = graphs.spec
+    require_positive("split", split, zero=True)
+    _check_classes(spec.name, spec.classes)
+    check_columns(spec.name, len(spec.node_sizes), len(spec.edge_sizes))
+    return _divided(graphs, *_identified(graphs, hashed_parts(graphs, split), split))
 
 
 def cleaned(raw: RawGraphs) -> tuple[RawGraphs, tuple[str, ...]]:
-    """The graphs without self-loops, and notes on these, on repeated edges and on edges of one direction.
+    """The graphs without self-loops, and notes on these and on repeated, one-way and missing edges.
 
     Layers that want a self-loop add their own; a repeated edge is a message that arrives several times.
     """
@@ -112,6 +121,9 @@ def cleaned(raw: RawGraphs) -> tuple[RawGraphs, tuple[str, ...]]:
             edge_attributes=None if raw.edge_attributes is None else raw.edge_attributes[keep],
         )
         source, target = raw.edge_index
+    if not len(source):
+        notes.append("no graph has an edge")
+        raw = replace(raw, edge_labels=None, edge_attributes=None)
     n = len(raw.batch)
     there, back = (source * n + target).sort().values, (target * n + source).sort().values
     repeated = int((there.diff() == 0).sum())
@@ -190,6 +202,20 @@ def _discretised(raw: RawGraphs, fit: Tensor, method: str, bins: int) -> tuple[G
     return coded(raw, made.get("node"), made.get("edge"), method), tuple(notes)
 
 
+def _identified(graphs: Graphs, parts: Sequence[Tensor], split: int) -> tuple[Parts, str]:
+    """The parts sorted by class and content, and the fingerprint; refuses a part that lacks a class."""
+    keys = content(graphs)
+    parts = sorted_parts(keys, graphs.y, parts)
+    _check_parts(graphs, parts)
+    return parts, fingerprint(keys, graphs, parts, split)
+
+
+def _divided(graphs: Graphs, parts: Parts, print_of_data: str, notes: tuple[str, ...] = ()) -> GraphDataset:
+    graphs = replace(graphs, spec=replace(graphs.spec, fingerprint=print_of_data))
+    fit, validation, test = (graphs.take(part) for part in parts)
+    return GraphDataset(fit, validation, test, notes)
+
+
 def _degree_notes(raw: RawGraphs) -> tuple[str, ...]:
     over = int((torch.bincount(raw.edge_index[1]) > MOST_DEGREES).sum())
     note = "nodes have no labels: their in-degree is their label"
@@ -234,11 +260,9 @@ def _check_options(discretise: str | None, bins: int, split: int) -> None:
     require_positive("dataset.split", split, zero=True)
 
 
-def _check_classes(raw: RawGraphs) -> None:
-    if len(raw.classes) < 2:
-        raise UsageError(
-            f"{raw.name} has one class, '{raw.classes[0]}'", "Give graphs of two classes or more"
-        )
+def _check_classes(name: str, classes: tuple[str, ...]) -> None:
+    if len(classes) < 2:
+        raise UsageError(f"{name} has one class, '{classes[0]}'", "Give graphs of two classes or more")
 
 
 def _check_parts(graphs: Graphs, parts: Sequence[Tensor]) -> None:

@@ -28,8 +28,9 @@ def hashed_parts(graphs: Graphs, split: int = 0) -> Parts:
     """Indices of the fit, validation and test part, 80/10/10 in each class.
 
     The graphs of lowest hash are held out; `split` and the part enter it as salt, so that splits are
-    independent. Graphs of a class with equal content stay together: the cut moves to the nearer end of
-    their group. Raises UsageError for a class of fewer than three different graphs.
+    independent. Graphs of one class with equal content stay in one part: the cut moves to the nearer end of
+    their group. Equal graphs of different classes may be in different parts. Raises UsageError for a class of
+    fewer than three different graphs.
     """
     rest, parts = np.arange(len(graphs)), []
     y, sizes = graphs.y.cpu().numpy(), graphs.counts

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddengine.data.raw_graphs import RawGraphs, read_integers, read_numbers, read_text, require_rows
+from ddengine.data.raw_graphs import (
+    RawGraphs,
+    is_blank,
+    read_integers,
+    read_numbers,
+    read_text,
+    require_rows,
+)
 from ddengine.errors import UsageError
 
 PLACES = ("{name}", "", "graphs/{name}", "ogb/{name}")
@@ -85,7 +92,7 @@ def _classes(path: Path) -> tuple[Tensor, tuple[str, ...]]:
 
 def _features(path: Path, count: int, of: Path) -> tuple[Tensor | None, Tensor | None]:
     """The columns of integers, and those of other numbers; None where there are none of that kind."""
-    if not path.is_file():
+    if not path.is_file() or (not count and is_blank(path)):
         return None, None
     table = read_numbers(path)
     require_rows(path, len(table), count, of)
@@ -96,6 +103,8 @@ def _features(path: Path, count: int, of: Path) -> tuple[Tensor | None, Tensor |
 
 def _edges(path: Path, of: Path, nodes: np.ndarray, edges: np.ndarray) -> Tensor:
     """Both directions of every edge side by side, nodes numbered over all graphs."""
+    if not edges.any() and is_blank(path):
+        return torch.zeros(2, 0, dtype=torch.long)
     table = read_integers(path)
     if table.shape[1] != 2:
         raise UsageError(f"{path} has {table.shape[1]} columns", "Give two node numbers in each row")

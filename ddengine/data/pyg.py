@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddengine.data.graph_source import cleaned, coded
-from ddengine.data.raw_graphs import RawGraphs
+from ddengine.data.raw_graphs import RawGraphs, check_made_columns
 from ddengine.errors import UsageError
 from ddengine.graphs import Graphs, GraphSpec
 
@@ -18,9 +18,10 @@ def from_pyg(data: Iterable[Any], name: str = "pyg", spec: GraphSpec | None = No
     """Graphs from a torch_geometric dataset or a list of `Data`, with one integer class `y` each.
 
     `x` and `edge_attr` hold integer labels [n] or [n f], or one-hot floats [n f]; nodes without `x` have
-    their in-degree as label. Self-loops are left out. Labels become dense codes shared by all graphs of
-    `data`: convert the parts of a set together, or give the `spec` whose codes they are already. Raises
-    UsageError for continuous or mixed features and whatever does not fit together.
+    their in-degree as label. A graph without edges needs no `edge_attr`. Self-loops are left out. Labels
+    become dense codes shared by all graphs of `data`: convert the parts of a set together, or give the `spec`
+    whose codes they are already. Raises UsageError for continuous or mixed features, too many label columns
+    and whatever does not fit together.
     """
     graphs = list(data)
     if not graphs:
@@ -40,6 +41,7 @@ def from_pyg(data: Iterable[Any], name: str = "pyg", spec: GraphSpec | None = No
         _labels(graphs, "x", sizes),
         edge_labels=_labels(graphs, "edge_attr", counts),
     )
+    check_made_columns(raw)
     raw, _ = cleaned(raw)
     return coded(raw) if spec is None else _as_they_are(raw, y, spec)
 
@@ -79,7 +81,8 @@ def _as_they_are(raw: RawGraphs, y: Tensor, spec: GraphSpec) -> Graphs:
         raise UsageError(f"{raw.name} has no node labels to be codes of the given spec", "Give x, or no spec")
     edges = raw.edge_labels
     if edges is None:
-        edges = torch.zeros(raw.edge_index.shape[1], 0, dtype=torch.long)
+        count = raw.edge_index.shape[1]
+        edges = torch.zeros(count, 0 if count else len(spec.edge_sizes), dtype=torch.long)
     return Graphs(raw.node_labels, raw.edge_index, edges, raw.batch, y, spec)
 
 
@@ -111,15 +114,16 @@ def _class(i: int, graph: Any) -> Tensor:
 
 
 def _labels(graphs: Sequence[Any], key: str, counts: Tensor) -> Tensor | None:
-    """All rows of `key` as integer labels; None where no graph has it."""
-    found = [getattr(graph, key) for graph in graphs]
+    """All rows of `key` as integer labels; None where no graph has it for a node or an edge."""
+    found, first = _filled([getattr(graph, key) for graph in graphs], counts.tolist())
     if all(rows is None for rows in found):
         return None
     shapes = [None if rows is None else (rows.ndim, *rows.shape[1:], rows.dtype) for rows in found]
-    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if other is not None or found[0].ndim > 2:
+    other = next((i for i, shape in enumerate(shapes) if shape != shapes[first]), None)
+    if other is not None or found[first].ndim not in (1, 2):
+        at = first if other is None else other
         raise UsageError(
-            f"graph {other or 0}: {key} has another shape or type than graph 0's, or more than two axes",
+            f"graph {at}: {key} has another shape or type than graph {first}'s, or not one or two axes",
             f"Give every graph {key} as [n], or as [n, f] of one width and type",
         )
     short = next((i for i, (rows, n) in enumerate(zip(found, counts, strict=True)) if len(rows) != n), None)
@@ -130,6 +134,15 @@ def _labels(graphs: Sequence[Any], key: str, counts: Tensor) -> Tensor | None:
         )
     rows = torch.cat(found).cpu()
     return _codes(rows, key) if rows.is_floating_point() else rows.long().reshape(len(rows), -1)
+
+
+def _filled(found: list[Any], counts: list[int]) -> tuple[list[Any], int]:
+    """`found`, with no rows of the common width and type where nothing is to label; the first with any."""
+    first = next((i for i, n in enumerate(counts) if n), 0)
+    like = found[first] if counts[first] else None
+    blank = None if like is None else like.new_zeros((0, *like.shape[1:]))
+    bare = [not n and (rows is None or rows.shape[:1] == (0,)) for rows, n in zip(found, counts, strict=True)]
+    return [blank if none else rows for rows, none in zip(found, bare, strict=True)], first
 
 
 def _codes(rows: Tensor, key: str) -> Tensor:

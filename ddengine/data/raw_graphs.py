@@ -13,6 +13,7 @@ from torch import Tensor
 from ddengine.errors import UsageError, one_line
 
 EXACT = 2**53  # integers up to here are exact as doubles
+COLUMNS_MAX = 256  # label columns of nodes or of edges that the stored form of a synthetic set holds
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,39 @@ class RawGraphs:
     parts: tuple[Int[Tensor, " _"], Int[Tensor, " _"], Int[Tensor, " _"]] | None = None
     notes: tuple[str, ...] = ()
     licence: str = ""
+
+
+def check_columns(name: str, nodes: int, edges: int) -> None:
+    """Refuse numbers of label columns that no synthetic set can be stored with (UsageError)."""
+    for kind, count in (("node", nodes), ("edge", edges)):
+        if count > COLUMNS_MAX:
+            raise UsageError(
+                f"{name} has {count} {kind} label columns, more than {COLUMNS_MAX}",
+                f"Keep {COLUMNS_MAX} or fewer of them",
+            )
+
+
+def check_made_columns(raw: RawGraphs, method: str | None = None) -> None:
+    """Refuse too many columns of labels and of what `method` makes of attributes (UsageError).
+
+    "quantile" makes a column of each attribute, "kmeans" one of all of them.
+    """
+    columns, least = [], []
+    for kind in ("node", "edge"):
+        labels, attributes = (
+            0 if (found := getattr(raw, f"{kind}_{part}")) is None else found.shape[1]
+            for part in ("labels", "attributes")
+        )
+        least.append(labels + min(attributes, 1))
+        columns.append(labels + attributes if method == "quantile" else least[-1])
+    if max(columns) > COLUMNS_MAX >= max(least):
+        kind = "node" if columns[0] >= columns[1] else "edge"
+        raise UsageError(
+            f"dataset.discretise=quantile makes {max(columns)} {kind} label columns of {raw.name}, "
+            f"more than {COLUMNS_MAX}",
+            "Give dataset.discretise=kmeans, which makes one column of all attributes",
+        )
+    check_columns(raw.name, *columns)
 
 
 def read_numbers(path: Path) -> Float64[np.ndarray, "r c"]:
@@ -82,6 +116,15 @@ def read_text(path: Path) -> str:
             f"cannot read {path}: {one_line(reason)}",
             "Restore the file as it was published, or give another dataset.root=DIR",
         ) from error
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a file holds white space only, unpacked where its name ends in .gz; False if unreadable."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return not any(line.strip() for line in file)
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def require_rows(path: Path, found: int, needed: int, of: Path) -> None:

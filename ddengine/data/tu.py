@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddengine.data.raw_graphs import RawGraphs, read_integers, read_numbers, require_rows
+from ddengine.data.raw_graphs import RawGraphs, is_blank, read_integers, read_numbers, require_rows
 from ddengine.errors import UsageError, one_line
 
 PLACES = ("{name}", "{name}/raw", "", "raw", "graphs/{name}", "TUDataset/{name}/raw")
@@ -23,7 +23,8 @@ def read_tu(root: Path, name: str, download: bool = False) -> RawGraphs:
     """The set `name` from NAME_A.txt, NAME_graph_indicator.txt and NAME_graph_labels.txt below `root`.
 
     Node and edge labels and attributes are read where their files lie beside these; nodes and graphs are
-    numbered from 1 there. `download` lets torch_geometric fetch a set that is not there into root/NAME/raw.
+    numbered from 1 there. Where NAME_A.txt is blank, and what lies beside it for edges, no graph has an edge.
+    `download` lets torch_geometric fetch a set that is not there into root/NAME/raw.
     Raises UsageError that names file and row for whatever does not fit together.
     """
     folder = _folder(root, name)
@@ -120,9 +121,9 @@ def _batch(path: Path, labels: Path, graphs: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _rows(folder: Path, stem: str, count: int, of: Path) -> Tensor | None:
-    """Labels or attributes of nodes or edges, one row for each; None where there is no such file."""
+    """Labels or attributes of nodes or edges, one row for each; None without such a file or unit."""
     path = folder / f"{stem}.txt"
-    if not path.is_file():
+    if not path.is_file() or (not count and is_blank(path)):
         return None
     table = read_numbers(path) if stem.endswith("attributes") else read_integers(path)
     require_rows(path, len(table), count, of)
@@ -131,6 +132,9 @@ def _rows(folder: Path, stem: str, count: int, of: Path) -> Tensor | None:
 
 def _edges(path: Path, batch: np.ndarray, order: np.ndarray) -> Tensor:
     """Edges in the order of the file, between nodes as `order` has sorted them."""
+    beside = [path.with_name(f"{path.stem[:-1]}edge_{kind}.txt") for kind in ("labels", "attributes")]
+    if all(is_blank(file) for file in (path, *beside) if file.is_file()):
+        return torch.zeros(2, 0, dtype=torch.long)
     table, n = read_integers(path), len(order)
     if table.shape[1] != 2:
         raise UsageError(f"{path} has {table.shape[1]} columns", "Give two node numbers in each row")

@@ -176,6 +176,11 @@ def resolve_graph(spec: NetSpec) -> NetSpec:
     return replace(spec, width=spec.width or WIDTH, depth=spec.depth or DEPTH, norm=spec.norm or "none")
 
 
+def usual_graph(spec: NetSpec) -> NetSpec:
+    """`spec`, or GIN where it is the default network of images."""
+    return NetSpec("gin") if spec == NetSpec() else spec
+
+
 def build_graph_networks(
     spec: NetSpec,
     data: GraphSpec,

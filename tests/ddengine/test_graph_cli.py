@@ -447,8 +447,8 @@ def test_evaluate_takes_a_loaded_set_networks_and_rows_for_graphs(call, world):
     ]
     other = dd.evaluate(distilled, dataset="tu", name="TWO", root="data", **given)
     assert [row.values for row in other.rows] == [row.values for row in table.rows]
-    split = dd.evaluate(distilled, split=1, **{**given, "rows": ["full"]})
-    assert split.source_matches is False
+    with pytest.raises(UsageError, match="'TWO' or its split is not the one .*\nGive dataset.root and"):
+        dd.evaluate(distilled, split=1, **given)
 
 
 @pytest.mark.parametrize(

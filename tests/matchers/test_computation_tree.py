@@ -79,9 +79,13 @@ def by_items(found):
 @given(seed=st.integers(0, 10**6), supports=st.tuples(*[st.integers(2, 5)] * CLASSES))
 def test_mined_sets_are_those_of_naive_counting(kind, seed, supports):
     graphs = collection(seed)
+    naive = [naive_itemsets(rows, s, kind) for rows, s in zip(sets_of(graphs), supports, strict=True)]
+    if not all(naive):
+        with pytest.raises(UsageError, match="no set of trees is frequent in class"):
+            mined(make(support=supports, itemsets=kind), graphs)
+        return
     state, _ = mined(make(support=supports, itemsets=kind), graphs)
-    for found, rows, support in zip(state.mined, sets_of(graphs), supports, strict=True):
-        assert by_items(found) == naive_itemsets(rows, support, kind)
+    assert [by_items(found) for found in state.mined] == naive
 
 
 @pytest.mark.parametrize(
@@ -96,14 +100,12 @@ def test_support_is_a_number_or_a_fraction_for_each_class_or_for_all(support, ab
         assert by_items(found) == naive_itemsets(rows, least, "all")
 
 
-def test_metrics_are_the_number_of_sets_and_their_least_support():
+def test_metrics_are_the_number_of_sets_of_each_class():
     task, rng, matcher = Task(collection(2), None), Rng(0), make(support=(3,))
     state, work = matcher.init(task, rng), matcher.prepare(task, rng)
-    for c in range(matcher.steps(task)):
-        state, metrics = matcher.step(state, work, rng)
-        found = state.mined[c]
-        assert metrics == {"sets": len(found.sets), "least_support": min(found.support.tolist())}
-    assert state.step == CLASSES
+    state, metrics = matcher.step(state, work, rng)
+    assert metrics == {f"sets_{c}": len(found.sets) for c, found in enumerate(state.mined)}
+    assert state.step == matcher.steps(task) == 1
 
 
 @pytest.mark.parametrize("support", [(3, 3), (3, 3, 3, 3)])
@@ -129,7 +131,10 @@ def test_a_class_of_common_sets_alone_is_refused_where_they_are_dropped():
     same = collection(2).take(torch.arange(3).repeat(2))
     graphs = replace(same, y=torch.tensor([0, 0, 0, 1, 1, 1]))
     graphs = replace(graphs, spec=replace(graphs.spec, classes=("left", "right")))
-    with pytest.raises(UsageError, match="frequent in class 'left' is so in another\nGive matcher.drop_comm"):
+    with pytest.raises(
+        UsageError,
+        match="frequent in class 'left' is so in another\nGive other supports or matcher",
+    ):
         distilled(make(support=(1,), drop_common=True), graphs)
     assert len(distilled(make(support=(1,)), graphs).decode()) >= 2
 
@@ -190,7 +195,7 @@ def test_classes_stay_balanced_where_the_budget_cuts_them_unevenly():
 
 def test_mirage_is_all_sets_but_common_ones_without_weights():
     graphs = collection(11)
-    mirage = make(variant="mirage", support=(2, 2, 2), itemsets="maximal", counts="mean", weighting="support")
+    mirage = make(variant="mirage", support=(2, 2, 2))
     spelled = make(support=(2, 2, 2), itemsets="all", weighting="none", class_balance=False, drop_common=True)
     one, two = distilled(mirage, graphs), distilled(spelled, graphs)
     assert same_bits(one.decode(), two.decode())
@@ -220,9 +225,23 @@ def test_mirage_knows_the_published_supports_and_hops(name):
     assert (given.support, given.hops) == ((0.5,), 4)
 
 
-@pytest.mark.parametrize("options", [{"support": (3,)}, {"variant": "mirage"}])
+@pytest.mark.parametrize(
+    "options", [{"itemsets": "maximal"}, {"counts": "mean"}, {"drop_common": False, "weighting": "none"}]
+)
+def test_what_the_published_form_fixes_is_refused_beside_it(options):
+    fixed = {key for key, value in options.items() if value}
+    with pytest.raises(UsageError, match=f"matcher.{fixed.pop()} is fixed by the published form"):
+        make(variant="mirage", **options)
+
+
+@pytest.mark.parametrize("options", [{"itemsets": "all"}, {"counts": "mean"}, {"drop_common": True}])
+def test_an_option_of_sets_selects_sets(options):
+    assert not make(**options).evidence and make().evidence
+
+
+@pytest.mark.parametrize("options", [{"support": (3,)}, {"variant": "mirage"}, {"itemsets": "maximal"}])
 def test_options_of_sets_are_refused_beside_evidence(options):
-    with pytest.raises(UsageError, match="are for sets of trees, not for select=evidence"):
+    with pytest.raises(UsageError, match=f"matcher.{next(iter(options))} is for sets of trees, not"):
         make(select="evidence", **options)
 
 

@@ -126,7 +126,7 @@ def test_bytes_that_hold_not_one_graph_of_each_class_are_refused_with_how_many_d
 
 
 def test_selections_of_images_alone_and_no_budget_are_refused():
-    with pytest.raises(UsageError, match="unknown selection of graphs 'kmeans'"):
+    with pytest.raises(UsageError, match="matcher=kmeans works on images only"):
         pick(Task(collection(1), Budget(ipc=1)), "kmeans", 2, False, Rng(0))
     with pytest.raises(UsageError, match="a budget needs either ipc or nbytes"):
         pick(Task(collection(1), None), "herding", 2, False, Rng(0))

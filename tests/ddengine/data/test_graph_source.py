@@ -1,22 +1,25 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_graphs import random_graphs
 from tu_folder import random_set, renumbered, write_ogb, write_tu
 
 from ddengine import data
-from ddengine.data import load_graphs
-from ddengine.data.graph_source import assemble_graphs
+from ddengine.data import load_graphs, raw_graphs
+from ddengine.data.graph_source import assemble_graphs, split_graphs
 from ddengine.data.graph_split import content
 from ddengine.data.raw_graphs import RawGraphs
 from ddengine.data.tu import read_tu
 from ddengine.errors import UsageError
 from ddengine.graphs import Graphs
+from synth import schema
 
 
 def load(folder, graphs: list[dict], **options):
@@ -303,6 +306,69 @@ def test_a_class_of_two_different_graphs_cannot_be_divided(tmp_path):
     graphs = [path_graph(n % 2 + 2, 0) for n in range(30)] + [path_graph(n, 1) for n in range(2, 20)]
     with pytest.raises(UsageError, match="class '0' has 2 different graphs, too few for three parts"):
         load(tmp_path, graphs)
+
+
+def test_a_collection_of_ones_own_is_split_or_refused_like_a_loaded_one():
+    graphs = random_graphs(5, count=60, edge_sizes=(2,), directed=True, classes=2)
+    made, other = split_graphs(graphs), split_graphs(graphs, split=3)
+    together = sorted(m for part in parts(made) for m in members(part))
+    assert together == members(graphs) == sorted(m for part in parts(other) for m in members(part))
+    assert sum(part.edge_index.shape[1] for part in parts(made)) == graphs.edge_index.shape[1]
+    assert (graphs.edge_index[0] == graphs.edge_index[1]).any()
+    assert made.spec.fingerprint != other.spec.fingerprint
+    assert made.spec == replace(graphs.spec, fingerprint=made.spec.fingerprint)
+    with pytest.raises(UsageError, match="split=-1 is out of range"):
+        split_graphs(graphs, split=-1)
+    with pytest.raises(UsageError, match="class 'class 2' has 0 different graphs, too few for three parts"):
+        split_graphs(replace(graphs, spec=replace(graphs.spec, classes=("class 0", "class 1", "class 2"))))
+    with pytest.raises(UsageError, match="random has one class, 'a'"):
+        split_graphs(replace(graphs, y=graphs.y * 0, spec=replace(graphs.spec, classes=("a",))))
+    wide = replace(graphs.spec, edge_sizes=(2,) * 257)
+    with pytest.raises(UsageError, match="random has 257 edge label columns, more than 256"):
+        split_graphs(replace(graphs, edge_attr=graphs.edge_attr.repeat(1, 257), spec=wide))
+
+
+def wide_set(labels: int, attributes: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [
+        dict(
+            graph,
+            node_labels=[(0,) * (labels - 1) + (v,) for v in graph["node_labels"]],
+            node_attributes=[
+                tuple(row) for row in rng.normal(size=(graph["n"], attributes)).round(2).tolist()
+            ],
+        )
+        for graph in random_set(30)
+    ]
+
+
+def test_attributes_that_make_too_many_columns_are_refused_with_the_way_out(tmp_path):
+    graphs = wide_set(2, 255)
+    with pytest.raises(
+        UsageError, match="quantile makes 257 node label columns of S, more than 256"
+    ) as error:
+        load(tmp_path, graphs, discretise="quantile")
+    assert "dataset.discretise=kmeans" in error.value.remedy
+    assert len(load(tmp_path, graphs, discretise="kmeans", bins=2).spec.node_sizes) == 3
+    fits = load(tmp_path / "fits", wide_set(2, 254), discretise="quantile", bins=2)
+    assert len(fits.spec.node_sizes) == 256
+
+
+@pytest.mark.parametrize(("labels", "method"), [(257, "none"), (256, "kmeans"), (256, "quantile")])
+def test_too_many_label_columns_are_refused(tmp_path, labels, method):
+    with pytest.raises(UsageError, match="S has 257 node label columns, more than 256\nKeep 256 or fewer"):
+        load(tmp_path, wide_set(labels, 1), discretise=method)
+
+
+def test_the_limit_of_columns_is_that_of_the_stored_form():
+    assert raw_graphs.COLUMNS_MAX == schema.COLUMNS_MAX
+
+
+def test_self_loops_alone_are_no_edges(tmp_path):
+    graphs = [dict(g, edges=[(0, 0)], edge_labels=[1]) for g in random_set(30)]
+    made = load(tmp_path, graphs)
+    assert made.notes[-1] == "no graph has an edge"
+    assert made.spec.edge_sizes == ()
 
 
 # --- the module

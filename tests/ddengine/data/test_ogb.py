@@ -48,6 +48,20 @@ def test_a_set_without_features_has_none(tmp_path):
     assert raw.node_labels is raw.node_attributes is raw.edge_labels is raw.edge_attributes is None
 
 
+def test_counts_of_zero_are_a_set_without_edges(tmp_path):
+    graphs = [
+        dict(g, edges=[], edge_labels=[], node_labels=list(range(g["n"])), y=i % 2)
+        for i, g in enumerate(GRAPHS * 2)
+    ]
+    write_ogb(tmp_path, graphs, ([0, 1], [2, 3], [4, 5]))
+    raw = read_ogb(tmp_path, "ogbg-x")
+    assert raw.edge_index.shape == (2, 0)
+    assert raw.edge_labels is raw.edge_attributes is None
+    made = load_graphs("ogb", "ogbg-x", root=tmp_path)
+    assert made.notes == ("no graph has an edge",)
+    assert made.spec.edge_sizes == ()
+
+
 BAD = {
     "several tasks": ("raw/graph-label", "1,0\n0,1\n1,1\n", "graph-label.csv.gz has 2 tasks"),
     "an empty label": ("raw/graph-label", "1\n\n1\n", "graph-label.csv.gz lacks the labels of 1 of 3 graphs"),
@@ -71,6 +85,12 @@ BAD = {
         "raw/num-edge-list",
         "2\n1\n1\n",
         "edge.csv.gz has 3 rows where num-edge-list.csv.gz",
+    ),
+    "edges that are gone": ("raw/edge", "", "edge.csv.gz is empty"),
+    "edges where none are counted": (
+        "raw/num-edge-list",
+        "0\n0\n0\n",
+        "edge.csv.gz has 3 rows where num-edge-list.csv.gz makes it 0",
     ),
     "a node of another graph": (
         "raw/edge",

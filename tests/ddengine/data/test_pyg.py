@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import one_hot
 from tu_folder import random_set, write_tu
 
-from ddengine.data import load_graphs
+from ddengine.data import load_graphs, split_graphs
 from ddengine.data.graph_split import content
 from ddengine.data.pyg import from_pyg, to_pyg
 from ddengine.errors import UsageError
@@ -96,6 +96,57 @@ def test_self_loops_are_left_out_and_nodes_without_edges_kept():
     found = from_pyg([lone, loop])
     assert found.edge_index.tolist() == [[2, 4], [3, 2]]
     assert found.nodes.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("form", ["codes", "column", "one-hot"])
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("nothing", [None, torch.zeros(0), torch.zeros(0, 9, dtype=torch.long)])
+def test_a_graph_without_edges_has_no_edge_labels_to_give(form, place, nothing):
+    listed = [data(graph) for graph in random_set(7)]
+    if form != "codes":
+        for graph in listed:
+            columns = one_hot(graph.edge_attr, 4).double() if form == "one-hot" else graph.edge_attr[:, None]
+            graph.edge_attr = columns
+    expected = from_pyg(listed)
+    lone = Data(x=torch.tensor([0, 2]), y=torch.tensor([1]), edge_attr=nothing)
+    found = from_pyg([*listed[:place], lone, *listed[place:]])
+    assert torch.equal(found.edge_attr, expected.edge_attr)
+    assert found.spec.edge_sizes == expected.spec.edge_sizes == (2,)
+    assert found.edges[place] == 0
+    assert from_pyg([lone]).spec.edge_sizes == ()
+
+
+def test_an_edgeless_graph_with_edge_labels_is_refused():
+    lone = Data(x=torch.tensor([0, 2]), y=torch.tensor([1]), edge_attr=torch.tensor([1, 1, 0]))
+    with pytest.raises(UsageError, match="graph 1: edge_attr has 3 rows for 0 edges"):
+        from_pyg([data(GRAPH), lone])
+
+
+def test_edgeless_graphs_keep_the_edge_codes_of_a_given_spec(made):
+    lone = Data(x=torch.tensor([0, 2]), y=torch.tensor([1]))
+    back = from_pyg([lone], spec=made.spec)
+    assert back.edge_attr.shape == (0, 1)
+    assert back.spec is made.spec
+
+
+def test_too_many_label_columns_are_refused():
+    wide = data(GRAPH, x=torch.zeros(N, 257, dtype=torch.long))
+    with pytest.raises(UsageError, match="pyg has 257 node label columns, more than 256\nKeep 256 or fewer"):
+        from_pyg([wide])
+    one_hots = from_pyg([data(GRAPH, x=one_hot(torch.zeros(N, dtype=torch.long), 300).float())])
+    assert one_hots.spec.node_sizes == (1,)
+
+
+def test_graphs_of_a_program_are_split_as_the_same_graphs_in_files(made):
+    graphs = from_pyg([data(graph) for graph in random_set(41)])
+    found = split_graphs(graphs)
+    assert found.spec.fingerprint == made.spec.fingerprint
+    for ours, theirs in zip(
+        (found.fit, found.validation, found.test), (made.fit, made.validation, made.test), strict=True
+    ):
+        assert torch.equal(ours.x, theirs.x)
+        assert torch.equal(ours.edge_index, theirs.edge_index)
+        assert torch.equal(ours.y, theirs.y)
 
 
 def test_datasets_of_torch_geometric_are_those_of_our_reader(tmp_path):

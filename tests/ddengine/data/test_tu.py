@@ -9,6 +9,7 @@ import pytest
 import torch
 from tu_folder import random_set, write_tu
 
+from ddengine.data import load_graphs
 from ddengine.data.tu import read_tu
 from ddengine.errors import UsageError
 
@@ -62,6 +63,20 @@ def test_integers_written_as_floats_and_blank_last_lines_are_read(tmp_path):
     assert read_tu(folder, "S").node_labels.flatten().tolist() == [4, 0, 4, 9, 4]
 
 
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_blank_edge_files_are_a_set_without_edges(tmp_path, text):
+    folder = write_tu(tmp_path, "S", [dict(g, edges=[], edge_labels=[]) for g in random_set(30)])
+    for part in ("A", "edge_labels", "edge_attributes"):
+        (folder / f"S_{part}.txt").write_text(text)
+    raw = read_tu(folder, "S")
+    assert raw.edge_index.shape == (2, 0)
+    assert raw.edge_labels is raw.edge_attributes is None
+    made = load_graphs("tu", "S", root=folder, download=False)
+    assert made.notes == ("no graph has an edge",)
+    assert made.spec.edge_sizes == ()
+    assert sum(len(part) for part in (made.fit, made.validation, made.test)) == 30
+
+
 def test_a_set_with_another_count_than_published_is_noted(tmp_path):
     assert read_tu(write_tu(tmp_path, "MUTAG", GRAPHS), "MUTAG").notes == (
         "MUTAG has 2 graphs here, 188 as published: this is other data",
@@ -80,7 +95,9 @@ BAD = {
         "S_A.txt: row 3 joins node 2 of graph 1 to node 4 of graph 2",
     ),
     "one column of edges": ("A", "1\n2\n3\n4\n", "S_A.txt has 1 columns"),
-    "an empty file": ("A", "", "S_A.txt is empty"),
+    "edges gone, their labels left": ("A", "", "S_A.txt is empty"),
+    "empty labels": ("graph_labels", "", "S_graph_labels.txt is empty"),
+    "edge labels gone": ("edge_labels", "", "S_edge_labels.txt is empty"),
     "a blank file": ("graph_indicator", "\n \n", "S_graph_indicator.txt is empty"),
     "a short indicator": (
         "graph_indicator",
