@@ -150,8 +150,13 @@ class Budget:
     nbytes: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.ipc is None) == (self.nbytes is None):
+        if self.ipc is None and self.nbytes is None:
             raise no_budget()
+        if self.ipc is not None and self.nbytes is not None:
+            raise UsageError(
+                f"a budget needs either ipc or nbytes, not both ipc={self.ipc} and nbytes={self.nbytes}",
+                "Leave one out; ipc=null or budget.nbytes=null undoes that of a row",
+            )
         require_positive("ipc" if self.nbytes is None else "budget.nbytes", self.ipc or self.nbytes or 0)
 
     def images_per_class(self, spec: DataSpec) -> int:
@@ -171,7 +176,7 @@ class Budget:
 
 
 def no_budget() -> UsageError:
-    """The error for a budget that says nothing, or two things."""
+    """The error for a budget that says nothing."""
     return UsageError("a budget needs either ipc or nbytes", "Give for example ipc=10")
 
 

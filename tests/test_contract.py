@@ -274,6 +274,11 @@ def test_k_means_of_graphs_is_refused_in_one_line(graphs_task):
     assert "\n" not in refused.value.cause + refused.value.remedy
 
 
+def test_a_budget_that_is_said_twice_names_both():
+    with pytest.raises(UsageError, match="not both ipc=3 and nbytes=7\nLeave one out"):
+        Budget(3, 7)
+
+
 def test_an_unknown_option_is_refused_with_the_known_ones():
     for name in matchers.MATCHERS:
         with pytest.raises(UsageError, match=f"unknown option of matcher '{name}' 'stesp'"):
