@@ -7,6 +7,7 @@ through the entry-point group `ddengine.networks`.
 
 import re
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,6 +59,11 @@ def find_network(name: str) -> NetworkClass:
     if name in NETWORKS:
         return NETWORKS[name]
     plugins = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in plugins and name in import_module("ddengine.nets.graph").GRAPH_NETWORKS:  # it imports us
+        raise UsageError(
+            f"network {name} works on graphs; images take: {', '.join(NETWORKS)}",
+            "Give one of them, such as network=convnet",
+        )
     if name not in plugins:
         raise unknown("network", name, [*NETWORKS, *plugins])
     found = plugins[name].load()

@@ -209,3 +209,8 @@ def test_networks_of_other_packages_that_cannot_be_built_are_refused(plugins):
         find_network("unnamed")
     with pytest.raises(UsageError, match="'buffered' has the buffer 'table'"):
         build(NetSpec("buffered"), SHAPE, 5, generator())
+
+
+def test_a_network_for_graphs_is_refused_for_images_by_what_it_works_on():
+    with pytest.raises(UsageError, match="network gin works on graphs; images take: convnet, .*\nGive one"):
+        find_network("gin")
