@@ -18,7 +18,7 @@ GRAPHS = Path(__file__).parents[2] / "shared" / "data" / "graphs.tar.xz"
 def graph_sets(tmp_path_factory):
     """A folder with MUTAG, NCI1, PROTEINS, DD and IMDB-BINARY as TU text and ogbg_molbace as OGB csv."""
     if not GRAPHS.exists():
-        pytest.skip("the real graph sets (graphs.tar.xz) are not on this machine")
+        pytest.skip("the real graph sets (graphs.tar.xz) are not beside the repository")
     folder = tmp_path_factory.mktemp("graph_sets")
     with tarfile.open(GRAPHS) as archive:
         archive.extractall(folder, filter="data")
