@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets.core import NetSpec
-from ddengine.nets.graph import GraphNetworks, build_graph_networks
+from ddengine.nets.graph import POOLS, GraphNetworks, build_graph_networks
 from ddengine.ops.dag import Trees
 from ddengine.rng import Rng
 
-POOLS = ("mean", "sum")
 Watch = Callable[[int, GraphNetworks], None]
 
 
