@@ -14,6 +14,7 @@ from expert_buffers.manifest import FORMAT, MANIFEST, describe
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
 from synth import DistilledSet, verify
+from synth.card import describe_composites
 
 
 def artefact(path: Path) -> Path:
@@ -122,8 +123,10 @@ def summary_text(found: Mapping[str, Any]) -> str:
     what, how = f"items of node labels {dataset.get('node_sizes')}", dataset.get("discretised")
     if "shape" in dataset:
         what, how = f"images of {'x'.join(map(str, dataset['shape']))}", dataset["preprocessing"]
+    composed = found["kind"] == "compensated"
     lines = [
-        f"{found['path']}: {found['kind']}, {found['count']} {what}",
+        f"{found['path']}: {found['kind']}, {found['count']} {'composite ' if composed else ''}{what}",
+        *([f"  holds    {describe_composites(found)}"] if composed else []),
         f"  source   {dataset['name']}, {len(dataset['classes'])} classes, {how}",
         f"  bytes    {size}",
         f"  made by  {kind}, {run}",

@@ -10,6 +10,7 @@ MATCHERS = {
     "attention": "attention matching (DataDAM): class means of spatial attention and embedding",
     "distribution": "distribution matching (DM): class means of the embedding",
     "trajectory": "trajectory matching (MTT, with DATM, AST, FTD and TESLA as options); needs experts",
+    "compensator": "real images, compensators shared by all classes, soft labels (INFER, and its rivals)",
     "computation_tree": "graphs: computation trees with their evidence, or frequent sets of them (Mirage)",
     "tree_herding": "graphs: real graphs whose mean histogram of computation trees follows the class's",
     "random": "random real images or graphs, class by class",
@@ -25,6 +26,9 @@ NETWORKS = {
     "vgg11": "VGG-11",
     "resnet18": "ResNet-18, small-image stem up to 64 pixels, torchvision's above",
     "vit": "a small vision transformer",
+    "mobilenet_v2": "MobileNetV2, stem of stride 1 up to 64 pixels, torchvision's above",
+    "efficientnet_b0": "EfficientNet-B0 without random depth, stem of stride 1 up to 64 pixels",
+    "shufflenet_v2": "ShuffleNetV2 x1.0, no stem stride or pool up to 64 pixels, torchvision's above",
 }
 GRAPH_NETWORKS = {
     "gcn": "graphs: graph convolution, symmetric norm; needs degrees in the colours (matcher.degree=true)",
@@ -38,6 +42,7 @@ RECIPES = {
     "mtt": "experts by plain SGD at a constant rate (MTT)",
     "ftd": "experts by adaptive GSAM, flat minima at two gradients a step (FTD, DATM)",
     "ast": "smooth experts: momentum, early loss ramp, gradient penalty, rate drop (AST)",
+    "squeeze": "teachers with batch norm: momentum, cosine to zero over 10 epochs (SRe2L, INFER)",
 }
 KINDS = {
     "matchers": MATCHERS,

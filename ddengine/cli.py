@@ -56,15 +56,19 @@ GRAPH_KEYS = {
     "recipe.pool=mean|sum recipe.dropout=X recipe.balance=true|false workers=N out=DIR",
 }
 KEYS = {
-    "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N experts=DIR "
-    f"seed=N out=DIR {PLACE} deterministic=true|false checkpoint.steps=N checkpoint.minutes=N row=NAME",
-    "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast recipe.OPTION=VALUE count=N epochs=N "
-    "max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
+    "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
+    f"experts=DIR synth=pixels|compensated seed=N out=DIR {PLACE} deterministic=true|false workers=N "
+    "checkpoint.steps=N checkpoint.minutes=N row=NAME",
+    "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast|squeeze recipe.OPTION=VALUE "
+    "count=N epochs=N max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
     f"seed=N out=DIR {PLACE} workers=N checkpoint.minutes=N",
     "import": f"{DATASET} {NETWORK} encoding=delta16|fp32 out=DIR",
-    "evaluate": f"{DATASET} {NETWORK} networks=[a,b] seeds=N seed=N rows=[random,full] recipe.steps=N "
-    "recipe.lrs=[0.01,0.03] recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
-    f"recipe.augment=auto|none|color_crop_flip {PLACE} workers=N out=DIR",
+    "evaluate": f"{DATASET} {NETWORK} networks=[a,b] seeds=N seed=N "
+    "rows=[random,random_same_labels,full] experts=DIR recipe.steps=N recipe.lrs=[0.01,0.03] "
+    "recipe.optimiser=sgd|adamw recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
+    "recipe.loss=ce|kl recipe.temperature=X recipe.squared=true|false recipe.mix=none|mixup|cutmix "
+    "recipe.mix_alpha=X recipe.augment=auto|none|color_crop_flip recipe.augment_mode=batch|item "
+    f"recipe.ema=X {PLACE} workers=N out=DIR",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")

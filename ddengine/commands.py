@@ -11,19 +11,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ddengine.artefacts import expert_values, holds_graphs, named
-from ddengine.bench import SUBJECT
+from ddengine.bench import SAME_LABELS, SUBJECT
 from ddengine.compose import PATHS, composed, spelled
 from ddengine.config import EvaluateConfig, EvaluateGraphsConfig
 from ddengine.errors import ArtefactError, UsageError
-from ddengine.graph_judge import usual_rows
+from ddengine.graph_judge import usual_rows as usual_graph_rows
 from ddengine.graph_paper import PAPER
 from ddengine.graph_simple import SIMPLE
 from ddengine.graph_train import GraphRecipe
 from ddengine.nets import resolve
 from ddengine.nets.core import NetSpec
 from ddengine.nets.graph import resolve_graph
-from ddengine.ops.dsa import strategy_for
-from ddengine.train import Recipe
+from ddengine.rivals import label_mode, usual_rows
+from ddengine.train import AUGMENT_MODES, recipe_of
 from synth import DistilledSet
 
 CHOSEN = ("dataset", "matcher", "network")  # groups that a command chooses by name
@@ -86,19 +86,27 @@ def evaluate_command(
     networks = _network_words(table, distilled)
     graphs, rows = holds_graphs(distilled), table["rows"]
     default = EvaluateGraphsConfig() if graphs else EvaluateConfig()
-    keys = vars(default.recipe)
-    usual = {**Recipe().to_dict(), **keys, "augment": strategy_for(distilled.spec.name)}
     if graphs:
         usual = table["recipe"] if table["protocol"] == PAPER else GraphRecipe().to_dict()
+    else:
+        usual = recipe_of(distilled.manifest, distilled.spec.name).to_dict()
     recipe = {key: value for key, value in table["recipe"].items() if usual.get(key) != value}
-    if networks is None or not recipe.keys() <= keys.keys():
+    recipe.pop("weights", None)  # follows from ema
+    if "augment_mode" in recipe:
+        modes = {said: mode for mode, said in AUGMENT_MODES.items()}
+        recipe["augment_mode"] = modes.get(recipe["augment_mode"])
+    if networks is None or not recipe.keys() <= vars(default.recipe).keys():
         return None
     beside = [name for name in dict.fromkeys(row["name"] for row in rows) if name != SUBJECT]
     found = {"seeds": table.get("seeds", rows[0]["n"]), "seed": table["seed"], "rows": beside}
     if graphs:
         found["protocol"] = table["protocol"]
-        if set(beside) == set(usual_rows(distilled.manifest["y_kind"] == "prob")):
+        if set(beside) == set(usual_graph_rows(distilled.manifest["y_kind"] == "prob")):
             found["rows"] = None
+    elif SAME_LABELS in beside and label_mode(distilled.manifest) != "dynamic":
+        return None  # its teachers are not in the set
+    elif beside == list(usual_rows(label_mode(distilled.manifest), SAME_LABELS in beside)):
+        found["rows"] = None
     said = {key: value for key, value in found.items() if getattr(default, key) != value}
     said |= {f"recipe.{key}": value for key, value in recipe.items()}
     return _line("evaluate", str(path), *networks, *(word(key, value) for key, value in said.items()))

@@ -62,14 +62,25 @@ class CheckpointConfig:
 
 @dataclass
 class RecipeConfig:
-    """How the judge trains: equal optimiser steps for every row, rates tried on the validation part."""
+    """How the judge trains: equal optimiser steps for every row, rates tried on the validation part.
 
-    steps: int = 500
-    lrs: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 256
-    augment: str = "auto"
+    Null is what the set's manifest says, else the default; `augment` auto is the dataset's DSA string.
+    """
+
+    steps: int | None = None
+    lrs: list[float] | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    augment: str | None = None
+    optimiser: str | None = None
+    loss: str | None = None
+    temperature: float | None = None
+    squared: bool | None = None
+    mix: str | None = None
+    mix_alpha: float | None = None
+    augment_mode: str | None = None
+    ema: float | None = None
 
 
 @dataclass
@@ -98,7 +109,7 @@ def _groups(*names: str, row: bool = False) -> list[Any]:
 
 @dataclass
 class DistillConfig:
-    """`ddengine distill`."""
+    """`ddengine distill`; `workers` null means the cores, for matchers that have independent work."""
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network", row=True))
     dataset: Any = MISSING
@@ -112,12 +123,16 @@ class DistillConfig:
     device: str = "auto"
     precision: str = "auto"
     deterministic: bool = False
+    synth: str | None = None
+    workers: int | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 @dataclass
 class BufferConfig:
-    """`ddengine buffer`; `epochs` null means max_start_epoch + expert_epochs, `workers` null the cores."""
+    """`ddengine buffer`; `epochs` null means max_start_epoch + expert_epochs, or the recipe's own
+    length where its rate falls to zero; `workers` null the cores.
+    """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network", "recipe"))
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -151,7 +166,11 @@ class ImportConfig:
 
 @dataclass
 class EvaluateConfig:
-    """`ddengine evaluate PATH`; dataset and network default to what the set's manifest names."""
+    """`ddengine evaluate PATH`; dataset, network and recipe default to what the set's manifest names.
+
+    `experts` is a buffer whose experts are the teachers, in place of those stored in the set; `rows` null
+    means the five usual ones, and random_same_labels where teachers gave the set its labels.
+    """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -159,8 +178,9 @@ class EvaluateConfig:
     networks: list[str] | None = None
     seeds: int = 5
     seed: int = 0
-    rows: list[str] = field(default_factory=lambda: ["random", "random_bytes", "herding", "kmeans", "full"])
+    rows: list[str] | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    experts: str | None = None
     device: str = "auto"
     precision: str = "auto"
     workers: int | None = None

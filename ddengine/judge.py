@@ -1,48 +1,41 @@
 """The judge: protocol `standard-v1` retrains fresh networks on a distilled set and on its rivals.
 
 Every row gets the same recipe, steps, trials, weights, batches and augmentation; validation chooses the rate
-and the test part is scored once for each trained network. The judge knows nothing of how a set was made.
+and the test part is scored once for each trained network. Where a set has its labels from teachers, so has
+one of its rivals. The judge knows nothing of how a set was made.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
 
-from ddengine.bench import DRAWN_ANEW, SUBJECT, Bench, Job, Record, run_job, share
+from ddengine.bench import SAME_LABELS, SUBJECT, Bench, Job, Record, run_job, share, tensors_of
+from ddengine.composites import Composites
 from ddengine.data import Dataset
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets import build, family, resolve
 from ddengine.nets.core import NetSpec
-from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import job_pool, one_thread
+from ddengine.rivals import (
+    KNOWN,
+    Judged,
+    draw,
+    label_cost,
+    label_mode,
+    label_picks,
+    real_bytes,
+    usual_rows,
+)
 from ddengine.rng import Rng
 from ddengine.tables import Row, Table, cost_of, label_networks
-from ddengine.train import Recipe
-from ddengine.types import Images, label_bytes
-from synth.starts import SELECTIONS, random_total
-
-ROWS = ("random", "random_bytes", "herding", "kmeans", "full")
+from ddengine.train import Recipe, recipe_of
+from ddengine.types import Images
 
 Log = Callable[[Record], None]
 Progress = Callable[[int, int], None]
-
-
-@runtime_checkable
-class Judged(Protocol):
-    """All that the judge sees of a distilled set: what is stored, what its manifest says, and its images."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]: ...
-
-    @property
-    def manifest(self) -> Mapping[str, Any]: ...
-
-    @property
-    def nbytes(self) -> Mapping[str, int]: ...
-
-    def decode(self) -> Images: ...
 
 
 def evaluate(
@@ -52,8 +45,9 @@ def evaluate(
     networks: Sequence[NetSpec],
     seeds: int = 5,
     seed: int = 0,
-    rows: Sequence[str] = ROWS,
+    rows: Sequence[str] | None = None,
     recipe: Recipe | None = None,
+    teachers: Sequence[nn.Module] = (),
     workers: int = 1,
     device: str = "cpu",
     precision: str = "fp32",
@@ -62,19 +56,35 @@ def evaluate(
 ) -> Table:
     """Judge `distilled` beside `rows` by `standard-v1` with `seeds` fresh networks of each kind.
 
-    The result is a function of the set, the data, `networks`, `seeds`, `seed`, `rows` and `recipe` (None: the
-    default with the dataset's augmentation), not of `workers`. `log` gets one record for each trained network
-    (trials too), `on_progress` the networks done and their number. Raises UsageError for an empty validation
-    or test part, a set of other classes or shape, an unknown row; DDError when a worker process dies.
+    The result is a function of the set, the data, `networks`, `seeds`, `seed`, `rows`, `recipe` (None: what
+    the set's manifest asks for) and `teachers` (networks in eval mode), not of `workers`. `log` gets one
+    record for each trained network (trials too), `on_progress` the networks done and their number. Raises
+    UsageError for an empty validation or test part, a set of other classes or shape, an unknown row, labels
+    without their teachers; ArtefactError for a manifest that asks for the impossible; DDError when a worker
+    process dies.
     """
-    recipe = recipe or Recipe(augment=strategy_for(dataset.fit.spec.name))
+    recipe = recipe or recipe_of(distilled.manifest, dataset.fit.spec.name)
+    labels = label_mode(distilled.manifest)
+    rows = usual_rows(labels, bool(teachers)) if rows is None else rows
     _check(dataset, networks, rows, seeds, seed)
+    _check_teachers(dataset.fit, rows, labels, teachers)
     with one_thread():
-        bench = _bench(distilled, dataset, rows, seeds, recipe, seed, device, precision)
+        bench = _bench(
+            distilled,
+            dataset,
+            rows,
+            seeds,
+            seed,
+            device=device,
+            precision=precision,
+            recipe=recipe,
+            labels=labels,
+            teachers=tuple(teachers),
+        )
     if workers > 1:
         share(bench)
-    names, labels = (SUBJECT, *rows), label_networks(networks)
-    pairs = [(net, label, row) for net, label in zip(networks, labels, strict=True) for row in names]
+    names, shown = (SUBJECT, *rows), label_networks(networks)
+    pairs = [(net, label, row) for net, label in zip(networks, shown, strict=True) for row in names]
     rates = {row: trial_rates(recipe, learned_rate(distilled) if row == SUBJECT else None) for row in names}
     total = sum(len(rates[row]) + seeds for _, _, row in pairs)
     report = _reporter(log, on_progress, total)
@@ -109,12 +119,6 @@ def trial_rates(recipe: Recipe, learned: float | None = None) -> tuple[float, ..
     return tuple(learned if lr == nearest else lr for lr in recipe.lrs)
 
 
-def count_for_bytes(nbytes: int, fit: Images) -> int:
-    """Real uint8 images that fit in `nbytes` at c*h*w bytes and one label each: at least 1, at most all."""
-    c, h, w = fit.spec.shape
-    return min(max(nbytes // (c * h * w + label_bytes(len(fit.spec.classes))), 1), len(fit))
-
-
 def _check(dataset: Dataset, networks: Sequence[NetSpec], rows: Sequence[str], seeds: int, seed: int) -> None:
     for name, part in (("fit", dataset.fit), ("validation", dataset.validation), ("test", dataset.test)):
         if not len(part):
@@ -122,7 +126,7 @@ def _check(dataset: Dataset, networks: Sequence[NetSpec], rows: Sequence[str], s
                 f"the {name} part of '{dataset.fit.spec.name}' is empty", "Give a dataset with more images"
             )
     for row in rows:
-        require(row, (*SELECTIONS, "random_bytes", "full"), "row")
+        require(row, KNOWN, "row")
     require_positive("seeds", seeds)
     resolved = [resolve(net, dataset.fit.spec.shape) for net in networks]
     for net in resolved:  # a network that does not fit is refused before any is trained
@@ -131,19 +135,29 @@ def _check(dataset: Dataset, networks: Sequence[NetSpec], rows: Sequence[str], s
         raise UsageError("networks or rows are empty or repeat one another", "Give each network and row once")
 
 
+def _check_teachers(fit: Images, rows: Sequence[str], labels: str, teachers: Sequence[nn.Module]) -> None:
+    if not teachers and (labels == "dynamic" or SAME_LABELS in rows):
+        what = f"row '{SAME_LABELS}'" if SAME_LABELS in rows else "a set with dynamic labels"
+        raise UsageError(f"{what} needs teachers and there are none", "Give experts=DIR, a buffer of them")
+    if SAME_LABELS in rows and labels == "hard":
+        raise UsageError(f"row '{SAME_LABELS}' of a set with hard labels", "Give row random_bytes, the same")
+    for number, teacher in enumerate(teachers):
+        if any(module.training for module in teacher.modules()):
+            raise UsageError(f"teacher {number} is in train mode", "Call eval() on the teachers")
+        with torch.no_grad():
+            found = teacher(fit.model_input(slice(0, 1)).to(next(teacher.parameters()).device)).shape[1]
+        if found != len(fit.spec.classes):
+            raise UsageError(
+                f"teacher {number} has {found} classes, '{fit.spec.name}' {len(fit.spec.classes)}",
+                "Give teachers that were trained on this dataset",
+            )
+
+
 def _bench(
-    distilled: Judged,
-    dataset: Dataset,
-    rows: Sequence[str],
-    seeds: int,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    precision: str,
+    distilled: Judged, dataset: Dataset, rows: Sequence[str], seeds: int, seed: int, **settings: Any
 ) -> Bench:
     """All that jobs share; the whole evaluation takes place in the set's own model-input space."""
-    images, spec = distilled.decode(), dataset.fit.spec
-    images = replace(images, x=images.x.detach().cpu(), y=images.y.detach().cpu())
+    images, spec = _subject(distilled), dataset.fit.spec
     if (images.spec.shape, images.spec.classes) != (spec.shape, spec.classes):
         raise UsageError(
             f"the set holds {images.spec.shape} images of {len(images.spec.classes)} classes, "
@@ -153,22 +167,19 @@ def _bench(
     fit, validation, test = (
         replace(part, spec=images.spec) for part in (dataset.fit, dataset.validation, dataset.test)
     )
-    count = count_for_bytes(distilled.nbytes["total"], fit)
-    ipc = max(1, round(int(distilled.manifest.get("count", len(images))) / len(spec.classes)))
-    picks = dict(_picks(fit, rows, ipc, count, seeds, Rng(seed).fold("judge", "pick")))
-    return Bench(images, fit, validation, test, picks, recipe, seed, device, precision)
+    labels, teachers, device = settings["labels"], settings["teachers"], settings["device"]
+    rng = Rng(seed).fold("judge", "pick")
+    picks = dict(draw(distilled, fit, rows, labels, len(images), seeds, rng))
+    soft = label_picks(fit, picks, teachers, device) if labels == "static" else {}
+    return Bench(images, fit, validation, test, picks, seed=seed, soft=soft, **settings)
 
 
-def _picks(
-    fit: Images, rows: Sequence[str], ipc: int, count: int, seeds: int, rng: Rng
-) -> Iterator[tuple[tuple[str, int | None], Tensor]]:
-    for row in rows:
-        for index in (None, *range(seeds)) if row in DRAWN_ANEW else (None,):
-            here = rng.fold(row, "trial" if index is None else index)
-            if row == "random_bytes":
-                yield (row, index), random_total(fit, count, here)
-            elif row != "full":
-                yield (row, index), SELECTIONS[row](fit, ipc, here)
+def _subject(distilled: Judged) -> Images | Composites:
+    """What the set's networks are trained on: its composites where it has some, else its decoded images."""
+    compose = getattr(distilled, "composites", lambda: None)
+    found = compose()
+    found = distilled.decode() if found is None else found
+    return replace(found, **{name: tensor.detach().cpu() for name, tensor in tensors_of(found).items()})
 
 
 def _reporter(log: Log | None, on_progress: Progress | None, total: int) -> Callable[[Record], Record]:
@@ -193,28 +204,28 @@ def _row(
     trials = [record for record in mine if record["kind"] == "trial"]
     finals = [record for record in mine if record["kind"] == "final"]
     count = len(bench.training_set(row, None))
+    cost = label_cost(row, bench.labels, distilled, len(bench.fit.spec.classes))
     spec = resolve(net, bench.fit.spec.shape)
     return Row(
         name=row,
         network=label,
         values=tuple(record["test"] for record in finals),
         steps=bench.recipe.steps,
-        nbytes=dict(distilled.nbytes) if row == SUBJECT else real_bytes(bench.fit, count),
+        nbytes=dict(distilled.nbytes) if row == SUBJECT else real_bytes(bench.fit, count, *cost),
         lr=finals[0]["lr"],
         trials=tuple({"lr": record["lr"], "validation": record["validation"]} for record in trials),
         train_seconds=round(sum(record["seconds"] for record in mine), 3),
         count=count,
-        ipc=round(count / len(bench.fit.spec.classes), 2),
+        ipc=_ipc(distilled, row, count / len(bench.fit.spec.classes)),
         network_spec=spec.to_dict(),
         seen_by_matcher=seen_by(distilled.manifest, spec),
     )
 
 
-def real_bytes(fit: Images, count: int) -> dict[str, int]:
-    """Bytes by part of `count` real images stored as uint8 with one label each."""
-    c, h, w = fit.spec.shape
-    images, labels = count * c * h * w, count * label_bytes(len(fit.spec.classes))
-    return {"images": images, "labels": labels, "extras": 0, "total": images + labels}
+def _ipc(distilled: Judged, row: str, each: float) -> float:
+    """Images of a class: of the set what its manifest says, since composites cost less than images."""
+    said = (distilled.manifest.get("budget") or {}).get("ipc")
+    return float(said) if row == SUBJECT and type(said) is int else round(each, 2)
 
 
 def seen_by(manifest: Mapping[str, Any], spec: NetSpec) -> bool | None:
@@ -225,6 +236,6 @@ def seen_by(manifest: Mapping[str, Any], spec: NetSpec) -> bool | None:
     return family(used["name"]) == family(spec.name)
 
 
-def _source_matches(images: Images, fit: Images) -> bool | None:
+def _source_matches(images: Images | Composites, fit: Images) -> bool | None:
     mine, theirs = images.spec.fingerprint, fit.spec.fingerprint
     return mine == theirs if mine and theirs else None

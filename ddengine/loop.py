@@ -20,7 +20,7 @@ from ddengine.nets import resolve
 from ddengine.nets.graph import resolve_graph, usual_graph
 from ddengine.parallel import signals
 from ddengine.rng import Rng
-from ddengine.types import Matcher, Metrics, Task, Workspace, no_budget
+from ddengine.types import Evaluated, Matcher, Metrics, Task, Workspace, no_budget
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -183,7 +183,9 @@ def _plain(value: Any) -> Any:
 
 
 def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
-    """What the manifest tells a judge: the protocol, the network that distilled the set, and the dataset."""
+    """What the manifest tells a judge: the protocol, the network that distilled the set, the dataset, and
+    what the matcher adds.
+    """
     network = getattr(matcher, "network", None)
     if network is not None:
         graphs = task.kind == "graphs"
@@ -191,7 +193,8 @@ def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
             resolve_graph(usual_graph(network)) if graphs else resolve(network, task.images.spec.shape)
         ).to_dict()
     dataset = _plain(dict(task.origin)) or {"name": task.source.spec.name}
-    return {"protocol": "standard-v1", "network": network, "dataset": dataset}
+    own = matcher.evaluation(task) if isinstance(matcher, Evaluated) else {}
+    return {"protocol": "standard-v1", "network": network, "dataset": dataset, **own}
 
 
 def open_run(folder: Path, identity: Mapping[str, Any]) -> DistilledSet | None:

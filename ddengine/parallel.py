@@ -93,6 +93,18 @@ def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+class Pool:
+    """A `job_pool` that stays open from its making to `close`, for work that comes in many small rounds."""
+
+    def __init__(self, work: Work, shared: Any, workers: int = 1) -> None:
+        self._context = job_pool(work, shared, workers)
+        self.map: MapJobs = self._context.__enter__()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._context.__exit__(None, None, None)
+
+
 class _Named:
     """A function on its way to a worker, which puts our packages first, where we do, before it imports it."""
 

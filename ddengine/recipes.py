@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 import matchers
 from ddengine import data, files, graph_judge, graph_paper, judge, loop
@@ -33,7 +34,7 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dag import Trees, trees_of
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
-from ddengine.train import Recipe
+from ddengine.train import Recipe, recipe_of
 from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
@@ -61,6 +62,7 @@ def task(
     experts: Any = None,
     device: str = "auto",
     precision: str = "auto",
+    workers: int = 1,
     **load: Any,
 ) -> Task:
     """What a matcher works on: a dataset's name, a loaded dataset, Images or Graphs.
@@ -72,7 +74,7 @@ def task(
     where = _device(device)
     graphs = isinstance(source, Graphs | GraphDataset) or source in data.GRAPH_COLLECTIONS
     budget = None if graphs and ipc is None and nbytes is None else Budget(ipc, nbytes)
-    made: dict[str, Any] = {"budget": budget, "experts": experts, "device": where}
+    made: dict[str, Any] = {"budget": budget, "experts": experts, "device": where, "workers": workers}
     precise = _precision(precision, where)
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
@@ -104,6 +106,7 @@ def evaluate(
     seed: int = 0,
     rows: Sequence[str] | None = None,
     recipe: Recipe | GraphRecipe | None = None,
+    experts: str | Path | ExpertBuffer | None = None,
     workers: int = 1,
     device: str = "auto",
     precision: str = "auto",
@@ -111,15 +114,18 @@ def evaluate(
     out: Path | None = None,
     **load: Any,
 ) -> Table:
-    """Judge a distilled set by `standard-v1`; dataset and networks default to what its manifest names.
+    """Judge a distilled set by `standard-v1`; dataset, networks, recipe default to what its manifest names.
 
-    Rows and recipe default to those of the set's kind; a set of graphs goes to `evaluate_graphs`, whose
-    networks are trained on the CPU in fp32. With `out`, or for the set of a run, each trained network is one
-    line of `results.jsonl` there, and the newest table is `table.json`. Raises UsageError.
+    Rows default to those of the set's kind; a set of graphs goes to `evaluate_graphs`, whose networks are
+    trained on the CPU in fp32. The last checkpoints of `experts` are the teachers that label, else those
+    stored in the set. With `out`, or for the set of a run, each trained network is one line of
+    `results.jsonl` there, and the newest table is `table.json`. Raises UsageError.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
     _check_kind(distilled, dataset, recipe)
     if holds_graphs(distilled):
+        if experts is not None:
+            raise UsageError("experts are teachers for images, the set holds graphs", "Leave experts out")
         require(device, ("auto", "cpu"), "device for graph networks")
         require(precision, ("auto", "fp32"), "precision for graph networks")
         given: dict[str, Any] = {"dataset": dataset, "recipe": recipe, "networks": networks, "seeds": seeds}
@@ -132,6 +138,7 @@ def evaluate(
         dataset = data.load(**{**own, **load})
     _check_same(distilled, dataset, watch)
     specs = _networks(networks, NetSpec(**named(distilled, "network")))
+    teachers = distilled.teachers() if experts is None else _teachers(experts, distilled)
     where = _device(device)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
     if folder is not None:
@@ -143,8 +150,9 @@ def evaluate(
         networks=specs,
         seeds=seeds,
         seed=seed,
-        rows=judge.ROWS if rows is None else rows,
+        rows=rows,
         recipe=recipe,
+        teachers=teachers,
         workers=workers,
         device=str(where),
         precision=_precision(precision, where),
@@ -154,6 +162,13 @@ def evaluate(
     if folder is not None:
         files.write_json(folder / "table.json", table.to_json())
     return table
+
+
+def _teachers(experts: str | Path | ExpertBuffer, distilled: DistilledSet) -> list[nn.Module]:
+    """The experts of a buffer as they ended, in its order and in eval mode; they take the set's input."""
+    buffer = experts if isinstance(experts, ExpertBuffer) else ExpertBuffer(Path(experts).expanduser())
+    buffer.check(distilled.spec)
+    return [buffer.build(i, buffer.epochs(i)).eval() for i in range(len(buffer))]
 
 
 def evaluate_graphs(
@@ -223,8 +238,10 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     """`ddengine distill`: load the fit part, run the matcher, keep everything in the run's folder."""
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
-    options = {key: value for key, value in vars(config.matcher).items() if key != "name"}
-    algorithm = matchers.make(config.matcher.name, _spec(config.network), **_tuples(options))
+    options = _tuples({key: value for key, value in vars(config.matcher).items() if key != "name"})
+    if config.synth is not None:
+        options["synth"] = _form(config.matcher.name, options, config.synth)
+    algorithm = matchers.make(config.matcher.name, _spec(config.network), **options)
     unsaid = config.ipc is None and config.budget.nbytes is None
     budget = None if unsaid and not algorithm.accepts.budget else Budget(config.ipc, config.budget.nbytes)
     folder = Path(config.out or _default_out(config)).expanduser()
@@ -233,7 +250,8 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     schedule = _schedule(config.checkpoint)
     experts = ExpertBuffer(Path(config.experts).expanduser()) if config.experts else None
     dataset = _load(config.dataset, watch)
-    work = Task(dataset.fit, budget, experts, where, precision, _given(config.dataset))
+    workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    work = Task(dataset.fit, budget, experts, where, precision, _given(config.dataset), workers)
     return loop.distill(
         work,
         algorithm,
@@ -244,6 +262,16 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
         notice=watch.notice,
         config=OmegaConf.to_yaml({key: value for key, value in vars(config).items() if key != "defaults"}),
     )
+
+
+def _form(name: str, options: Mapping[str, Any], synth: str) -> dict[str, Any]:
+    """The options of a matcher's synthetic set, of the form that the command names."""
+    if "synth" not in options:
+        raise UsageError(
+            f"synth={synth} means nothing to matcher={name}: what it makes has one form",
+            "Leave synth out; attention, distribution and trajectory have it",
+        )
+    return {**options["synth"], "name": synth}
 
 
 def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
@@ -295,7 +323,7 @@ def run_evaluate(path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watc
     if isinstance(config, EvaluateGraphsConfig):
         return _run_evaluate_graphs(path, config, watch)
     distilled = DistilledSet.load(artefact(path))
-    recipe = _recipe(config.recipe, distilled.spec.name)
+    recipe = _recipe(config.recipe, distilled.manifest, distilled.spec.name)
     where = _device(config.device)
     _precision(config.precision, where)
     return evaluate(
@@ -306,6 +334,7 @@ def run_evaluate(path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watc
         seed=config.seed,
         rows=config.rows,
         recipe=recipe,
+        experts=config.experts,
         workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
         device=config.device,
         precision=config.precision,
@@ -422,10 +451,12 @@ def _spec(config: NetworkConfig) -> NetSpec:
     return NetSpec(config.name, config.width, config.depth, config.norm)
 
 
-def _recipe(config: RecipeConfig, dataset: str) -> Recipe:
-    augment = strategy_for(dataset) if config.augment == "auto" else config.augment
-    values = {key: value for key, value in vars(config).items() if key not in ("augment", "lrs")}
-    return Recipe(lrs=tuple(config.lrs), augment=augment, **values)
+def _recipe(config: RecipeConfig, manifest: Mapping[str, Any], dataset: str) -> Recipe:
+    """The recipe of the set's manifest with what the command gives in its place."""
+    given = {key: value for key, value in _tuples(vars(config)).items() if value is not None}
+    if config.augment == "auto":
+        given["augment"] = strategy_for(dataset)
+    return replace(recipe_of(manifest, dataset), **given)
 
 
 def _default_out(config: DistillConfig) -> str:

@@ -208,7 +208,7 @@ class Task:
 
     There is no field for validation or test data. A budget of None leaves the size to a matcher that knows
     it. `origin` says how the source was loaded (arguments of `ddengine.data.load` or `load_graphs`), so that
-    a judge can load the same.
+    a judge can load the same. `workers` processes may share the work on a CPU; no result depends on them.
     """
 
     source: Images | Graphs
@@ -217,8 +217,10 @@ class Task:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: str = "fp32"
     origin: Mapping[str, Any] = field(default_factory=dict)
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        require_positive("workers", self.workers)
         require(self.precision, ("fp32", "bf16"), "precision")
         counts = self.source.counts
         empty = [name for name, n in zip(self.source.spec.classes, counts, strict=True) if n == 0]
@@ -309,6 +311,13 @@ class Matcher(Protocol[S]):
     def step(self, state: S, work: Workspace, rng: Rng) -> tuple[S, Metrics]: ...
 
     def finish(self, state: S, work: Workspace, rng: Rng) -> SynthSet: ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A matcher that tells a judge how to train on its sets: plain JSON values for the manifest's recipe."""
+
+    def evaluation(self, task: Task) -> dict[str, Any]: ...
 
 
 def fingerprint(x: Tensor, y: Tensor, classes: Sequence[str]) -> str:

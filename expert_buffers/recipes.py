@@ -1,9 +1,11 @@
 """How experts are trained: the published recipes by name, and their mathematics as functions of tensors.
 
 `mtt`: Cazenavette et al., CVPR 2022. `ftd`: Du et al., CVPR 2023, on adaptive GSAM (Kwon et al., ICML 2021;
-Zhuang et al., ICLR 2022). `ast`: the released code of alignment with smooth trajectories.
+Zhuang et al., ICLR 2022). `ast`: the released code of alignment with smooth trajectories. `squeeze`: teachers
+with batch norm to recover images from (SRe2L, Yin et al., NeurIPS 2023; INFER, Zhang et al. 2024).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ddengine.errors import UsageError, require_positive, unknown
+from ddengine.errors import UsageError, require, require_positive, unknown
 from ddengine.ops import dsa
 
+SCHEDULES = ("constant", "cosine")
+NAMED = ("auto", "mild")  # augmentations that depend on the dataset
 TINY = 1e-12  # added to the norm that the climb of GSAM is divided by, as released
 
 
@@ -22,11 +26,14 @@ TINY = 1e-12  # added to the norm that the climb of GSAM is divided by, as relea
 class ExpertRecipe:
     """SGD over whole epochs, the last incomplete batch kept, and what the recipes add to it.
 
-    `epochs` is the nominal length of a full expert; `augment` a DSA string, "none", or "auto" for the papers'
-    choice by dataset. `rho` > 0 takes the adaptive GSAM direction with `alpha` of the orthogonal part, two
-    gradients a step. The cross-entropy of epoch e is scaled by `loss_ramp[e]`, by 1 after it; `penalty` times
-    the gradient penalty is added to it. From epoch `lr_drop_epoch` on (counted from 0) the rate is
-    lr * lr_drop, with a fresh momentum. Raises UsageError naming recipe.KEY for a value out of range.
+    `epochs` is the nominal length of a full expert; `augment` a DSA string, "none", "auto" for the papers'
+    choice by dataset, or "mild" for one of crop and flip an image (crop alone for digits). `rho` > 0 takes
+    the adaptive GSAM direction with `alpha` of the orthogonal part, two gradients a step. The cross-entropy
+    of epoch e is scaled by `loss_ramp[e]`, by 1 after it; `penalty` times the gradient penalty is added to
+    it. From epoch `lr_drop_epoch` on (counted from 0) the rate is lr * lr_drop, with a fresh momentum.
+    `schedule` "cosine" lets the rate fall to zero over `epochs`, epoch by epoch: an expert is then trained
+    for just so long.
+    Raises UsageError naming recipe.KEY for a value out of range.
     """
 
     name: str = "mtt"
@@ -42,6 +49,7 @@ class ExpertRecipe:
     penalty: float = 0.0
     lr_drop: float = 1.0
     lr_drop_epoch: int | None = None
+    schedule: str = "constant"
 
     def __post_init__(self) -> None:
         for key in ("lr", "batch_size", "epochs", "lr_drop"):
@@ -56,18 +64,24 @@ class ExpertRecipe:
             require_positive("recipe.lr_drop_epoch", self.lr_drop_epoch)
         if not 0 <= self.momentum < 1:
             raise UsageError(f"recipe.momentum={self.momentum} is out of range", "Give 0 <= momentum < 1")
+        require(self.schedule, SCHEDULES, "recipe.schedule")
         for scale in self.loss_ramp:
             require_positive("recipe.loss_ramp", scale)
-        if self.augment != "auto":
+        if self.augment not in NAMED:
             dsa.parse(self.augment)
 
     def resolved(self, dataset: str) -> "ExpertRecipe":
-        """The recipe with the augmentation of `dataset` in place of "auto"."""
-        return replace(self, augment=dsa.strategy_for(dataset)) if self.augment == "auto" else self
+        """The recipe with the augmentation of `dataset` in place of "auto" or "mild"."""
+        found = {"auto": dsa.strategy_for(dataset), "mild": "crop" if dataset in dsa.DIGITS else "crop_flip"}
+        return replace(self, augment=found.get(self.augment, self.augment))
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the weights of an expert, as plain JSON values: all but the nominal length."""
-        return {k: v for k, v in asdict(self).items() if k != "epochs"} | {"loss_ramp": list(self.loss_ramp)}
+        """What decides the weights of an expert, as plain JSON values: the nominal length only where the rate
+        follows it.
+        """
+        needless = ("epochs", "schedule") if self.schedule == "constant" else ()
+        values = {key: value for key, value in asdict(self).items() if key not in needless}
+        return values | {"loss_ramp": list(self.loss_ramp)}
 
 
 RECIPES = {
@@ -87,6 +101,19 @@ RECIPES = {
         lr_drop=0.6,
         lr_drop_epoch=27,
     ),
+    # INFER, released CIFAR script: lr .1, momentum .9, weight decay 5e-4, batch 128, cosine, crop and flip
+    # (here one of the two an image); 10 epochs in place of 200, since over-trained teachers are harder to
+    # recover images from
+    "squeeze": ExpertRecipe(
+        "squeeze",
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=5e-4,
+        batch_size=128,
+        epochs=10,
+        augment="mild",
+        schedule="cosine",
+    ),
 }
 
 
@@ -102,7 +129,10 @@ def find_recipe(recipe: "str | ExpertRecipe") -> ExpertRecipe:
 def rate(recipe: ExpertRecipe, epoch: int) -> float:
     """The learning rate of an epoch, counted from 0."""
     dropped = recipe.lr_drop_epoch is not None and epoch >= recipe.lr_drop_epoch
-    return recipe.lr * recipe.lr_drop if dropped else recipe.lr
+    lr = recipe.lr * recipe.lr_drop if dropped else recipe.lr
+    if recipe.schedule == "constant":
+        return lr
+    return lr * (1 + math.cos(math.pi * min(epoch / recipe.epochs, 1))) / 2
 
 
 def loss_scale(ramp: Sequence[float], epoch: int) -> float:

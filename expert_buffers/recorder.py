@@ -56,13 +56,18 @@ def record(
     """Train `count` experts on `source`, the fit part alone, and keep every epoch of them in folder `out`.
 
     Only what a matcher reads is trained: `epochs`, by default the last epoch that a segment starts from and
-    the epochs that it spans; the first `full_experts` go to the recipe's nominal length. Several networks are
-    dealt round robin. The same call goes on where it was cut off; a larger `count` or `epochs` extends the
-    buffer, and what is longer than asked for is kept. The weights do not depend on `workers` (one thread
-    each; one process on a GPU). Raises UsageError, and Interrupted with all whole epochs kept.
+    the epochs that it spans, or the length of a recipe whose rate falls to zero; the first `full_experts` go
+    to the recipe's nominal length. Several networks are dealt round robin. The same call goes on where it was
+    cut off; a larger `count` or `epochs` extends the buffer (`count` alone where the rate follows `epochs`),
+    and what is longer than asked for is kept. The weights do not depend on `workers` (one thread each; one
+    process on a GPU). Raises UsageError, and Interrupted with all whole epochs kept.
     """
     chosen = find_recipe(recipe).resolved(source.spec.name)
     horizon = max_start_epoch + expert_epochs if epochs is None else epochs
+    if chosen.schedule != "constant":
+        horizon = chosen.epochs if epochs is None else epochs
+        require_positive("epochs", horizon)
+        chosen = replace(chosen, epochs=horizon)
     require_positive("max_start_epoch", max_start_epoch, zero=True)
     require_positive("workers", workers)
     require_positive("save_minutes", save_minutes)

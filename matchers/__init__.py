@@ -12,6 +12,7 @@ from ddengine.errors import UsageError, unknown
 from ddengine.nets.core import NetSpec
 from ddengine.types import Matcher
 from matchers.attention import AttentionMatching
+from matchers.compensator import CompensatorMatching
 from matchers.computation_tree import ComputationTree
 from matchers.distribution import DistributionMatching
 from matchers.subset import SubsetSelection
@@ -22,6 +23,7 @@ MATCHERS: dict[str, Any] = {
     "attention": AttentionMatching(),
     "distribution": DistributionMatching(),
     "trajectory": TrajectoryMatching(),
+    "compensator": CompensatorMatching(),
     "computation_tree": ComputationTree(),
     "tree_herding": TreeHerding(),
     "random": SubsetSelection("random"),
@@ -48,8 +50,10 @@ def find(name: str) -> Any:
 
 
 def _group(said: str, prototype: Any, key: str, value: Any) -> Any:
-    """The value of an option; one that is a group of options may be given as a mapping."""
+    """The value of an option; one that is a group of options may be given as a mapping, or by its name."""
     kind = type(prototype.options.__dataclass_fields__[key].default)
+    if is_dataclass(kind) and isinstance(value, str) and "name" in kind.__dataclass_fields__:
+        value = {"name": value}
     if not is_dataclass(kind) or not isinstance(value, Mapping):
         return value
     for inner in value:

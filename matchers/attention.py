@@ -30,6 +30,7 @@ from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.segment import Window
 from matchers import descent
 from matchers.descent import PixelState
+from matchers.parametrised import FormOptions
 
 
 class Statistics(NamedTuple):
@@ -145,7 +146,7 @@ class AttentionOptions:
     `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the
     batch; the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the
     embedding term, a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published
-    balance of the two terms.
+    balance of the two terms; `synth` says what is free: pixels, or bases and compensators.
     """
 
     variant: str = "paper"
@@ -167,6 +168,7 @@ class AttentionOptions:
     networks_per_step: int = 1
     chunk: int = 128
     codec: str = "uint8"
+    synth: FormOptions = FormOptions()
 
     def __post_init__(self) -> None:
         require(self.variant, VARIANTS, "matcher.variant")
@@ -217,7 +219,7 @@ class AttentionMatching:
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
-        return descent.start(task, rng, self.options.start, self.options.codec)
+        return descent.start(task, rng, self.options)
 
     def step(self, state: PixelState, work: Workspace, rng: Rng) -> tuple[PixelState, Metrics]:
         """One descent on the attention matching loss of `networks_per_step` fresh networks."""

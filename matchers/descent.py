@@ -18,7 +18,8 @@ from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.segment import Window
 from expert_buffers.store import ExpertBuffer
-from synth import Pixels
+from matchers.parametrised import FormOptions, form, per_class
+from synth.compensated import Compensated
 from synth.pixels import CODECS
 from synth.starts import STARTS, start_images
 
@@ -51,6 +52,12 @@ class DescentOptions(Protocol):
     def networks(self) -> str: ...
     @property
     def window(self) -> Window: ...
+    @property
+    def start(self) -> str: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def synth(self) -> FormOptions: ...
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,11 @@ def check_options(o: Any) -> None:
         dsa.parse(o.augment)
 
 
-def start(task: Task, rng: Rng, name: str, codec: str) -> PixelState:
-    """Hard-labelled pixels at `task.ipc` images per class from the start called `name`, at rest."""
-    spec = task.images.spec
-    images = start_images(name, task.images, task.ipc, rng.fold("start")).to(task.device)
-    labels = torch.arange(len(spec.classes), device=task.device).repeat_interleave(task.ipc)
-    synth = Pixels(images, labels, spec, codec=codec)
+def start(task: Task, rng: Rng, o: DescentOptions) -> PixelState:
+    """The hard-labelled set that `o.synth` frees, as large as the budget allows, from `o.start`, at rest."""
+    count = per_class(task, o.synth, o.codec)
+    images = start_images(o.start, task.images, count, rng.fold("start")).to(task.device)
+    synth = form(task, images, o.synth, o.codec, rng)
     return PixelState(0, synth, {key: torch.zeros_like(value) for key, value in synth.params().items()})
 
 
@@ -153,6 +159,11 @@ def members(classes: Int[Tensor, " n"], count: int) -> list[Tensor]:
     return [(classes.cpu() == c).nonzero().squeeze(1) for c in range(count)]
 
 
+def classes_of(synth: SynthSet) -> Int[Tensor, " n"]:
+    """The class of every image of a set, of composites without making them."""
+    return synth.composites().classes if isinstance(synth, Compensated) else synth.decode().classes
+
+
 def listing(picks: list[Tensor], group: Int[Tensor, " g"]) -> tuple[Tensor, Tensor]:
     """The picked indices of the classes in `group`, class after class, and each one's place in `group`."""
     chosen = [picks[c] for c in group.tolist()]
@@ -197,7 +208,7 @@ def matching_gradient(
     strategy = dsa.strategy_for(spec.name) if o.augment == "auto" else o.augment
     params = dsa.sample(rng.torch("augment"), strategy, k, spec.shape[1:])
     real = work.data.draw(rng.torch("real"), range(k), per_class)
-    mine = members(synth.decode().classes, k)
+    mine = members(classes_of(synth), k)
     free = {key: value.detach().requires_grad_() for key, value in synth.params().items()}
     live = synth.replace(free)
     total = torch.zeros((), device=device)
@@ -247,7 +258,7 @@ def step(
     for key, value in params.items():
         gradient = work.reduce(torch.stack([g[key] for g, _ in runs]).mean(0))
         velocity[key] = o.momentum * state.velocity[key] + gradient
-        moved[key] = (value - lr * velocity[key]).detach()
+        moved[key] = (value - lr * o.synth.factor(key) * velocity[key]).detach()
     metrics = {"loss": torch.stack([value for _, value in runs]).mean(), "lr": lr}
     return replace(state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity), metrics
 

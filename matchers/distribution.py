@@ -20,6 +20,7 @@ from expert_buffers.segment import Window
 from matchers import descent
 from matchers.attention import image_statistics, mmd_term
 from matchers.descent import PixelState
+from matchers.parametrised import FormOptions
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DistributionOptions:
     networks_per_step: int = 1
     chunk: int = 128
     codec: str = "uint8"
+    synth: FormOptions = FormOptions()
 
     def __post_init__(self) -> None:
         require_positive("matcher.scale", self.scale)
@@ -68,7 +70,7 @@ class DistributionMatching:
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
-        return descent.start(task, rng, self.options.start, self.options.codec)
+        return descent.start(task, rng, self.options)
 
     def step(self, state: PixelState, work: Workspace, rng: Rng) -> tuple[PixelState, Metrics]:
         """One descent on the squared distance of class mean embeddings."""

@@ -39,18 +39,18 @@ def logits_of(net: nn.Module, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k
     return torch.cat([net(part) for part in x.split(BATCH)])
 
 
-def start(task: Task, network: NetSpec, name: str, rng: Rng) -> Float[Tensor, "m c h w"]:
-    """Start images, class by class: any of `synth.starts`, or chosen by experts ("correct": DATM,
-    "representative": AST). Raises UsageError as `start_images` does, and where experts get too few right.
+def start(task: Task, network: NetSpec, name: str, count: int, rng: Rng) -> Float[Tensor, "m c h w"]:
+    """`count` start images a class, class by class: any of `synth.starts`, or chosen by experts ("correct":
+    DATM, "representative": AST). UsageError as `start_images` has, and where experts get too few right.
     """
     if name in STARTS:
-        return start_images(name, task.images, task.ipc, rng)
+        return start_images(name, task.images, count, rng)
     pick = correct if name == "correct" else representative
-    return task.images.model_input(pick(task, network, rng)).float().clone()
+    return task.images.model_input(pick(task, network, count, rng)).float().clone()
 
 
-def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
-    """Per class `ipc` images, in random order, that an expert classifies correctly (DATM).
+def correct(task: Task, network: NetSpec, count: int, rng: Rng) -> Int[Tensor, " m"]:
+    """Per class `count` images, in random order, that an expert classifies correctly (DATM).
 
     The next expert is asked only where the first leaves a class short; UsageError where all of them do.
     """
@@ -60,37 +60,36 @@ def correct(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
     firsts = torch.tensor([0, *counts]).cumsum(0).tolist()
     chosen: list[list[int]] = [[] for _ in counts]
     for place in order:
-        if all(len(found) == task.ipc for found in chosen):
+        if all(len(found) == count for found in chosen):
             break
         net = teacher(task.experts, numbers[place], None, task.device)
         for c, n in enumerate(counts):
             shuffled = firsts[c] + torch.randperm(n, generator=rng.fold("class", c, place).torch("order"))
-            for index in _right(net, task, shuffled, c):
-                if len(chosen[c]) == task.ipc:
+            for index in _right(net, task, shuffled, c, count):
+                if len(chosen[c]) == count:
                     break
                 if index not in chosen[c]:
                     chosen[c].append(index)
     for c, found in enumerate(chosen):
-        if len(found) < task.ipc:
+        if len(found) < count:
             raise UsageError(
-                f"the experts get {len(found)} images of class '{spec.classes[c]}' right, ipc={task.ipc} "
-                "are needed",
+                f"the experts get {len(found)} images of class '{spec.classes[c]}' right, {count} are needed",
                 "Give matcher.start=real, or record experts with full_experts=5",
             )
     return torch.tensor([index for found in chosen for index in found])
 
 
-def _right(net: nn.Module, task: Task, index: Tensor, label: int) -> Iterator[int]:
+def _right(net: nn.Module, task: Task, index: Tensor, label: int, count: int) -> Iterator[int]:
     """Those of `index` that `net` gives the class `label`, read no further than asked."""
-    for part in index.split(max(32, 2 * task.ipc)):
+    for part in index.split(max(32, 2 * count)):
         predicted = logits_of(net, task.images.model_input(part).to(task.device)).argmax(1).cpu()
         yield from part[predicted == label].tolist()
 
 
-def representative(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
-    """Per class the images nearest the k-means centres of its logits under one expert (AST).
+def representative(task: Task, network: NetSpec, count: int, rng: Rng) -> Int[Tensor, " m"]:
+    """Per class `count` images, those nearest the k-means centres of its logits under one expert (AST).
 
-    min(ipc, 10) clusters share `ipc` evenly, the remainder goes to the largest, and no image comes twice.
+    min(count, 10) clusters share `count` evenly, the remainder goes to the largest, and no image comes twice.
     """
     numbers = oldest(task.experts, network)
     number = numbers[int(torch.randint(len(numbers), (), generator=rng.torch("expert")))]
@@ -100,7 +99,7 @@ def representative(task: Task, network: NetSpec, rng: Rng) -> Int[Tensor, " m"]:
         parts = torch.arange(first, first + n).split(BATCH)
         logits = [logits_of(net, task.images.model_input(part).to(task.device)).cpu() for part in parts]
         seed = rng.fold("class", c).integer("kmeans") % 2**32
-        picks.append(first + _nearest(torch.cat(logits), task.ipc, seed))
+        picks.append(first + _nearest(torch.cat(logits), count, seed))
         first += n
     return torch.cat(picks)
 

@@ -34,11 +34,11 @@ from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace, label_bytes
 from expert_buffers.params import ParamSpec
 from expert_buffers.segment import Plan, Prefetch, Segment
-from matchers import descent, student, teachers
+from matchers import descent, parametrised, student, teachers
 from matchers.descent import scheduled
+from matchers.parametrised import Beside
 from matchers.student import InnerOptions
 from matchers.trajectory_options import TrajectoryOptions, compiles, has_compiler, is_long
-from synth import Pixels
 
 __all__ = ["InnerOptions", "TrajectoryMatching", "TrajectoryOptions", "trajectory_loss", "unroll"]
 
@@ -103,7 +103,8 @@ class TrajectoryMatching:
         fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
         net = student.without_running_statistics(fresh.to(task.device).requires_grad_(False))
         layout = ParamSpec.of(net)
-        probe = student.probe(net, layout, task, o.inner.batch, o.labels != "hard")
+        count = parametrised.count(task, o.synth, o.codec, self._beside(task))
+        probe = student.probe(net, layout, task, min(o.inner.batch or count, count), o.labels != "hard")
         loss = student.student_loss(net, layout)
         made, *notes = derivatives(loss, compiles(o, task.device), *probe, o.gradient)
         method: Method = GRADIENTS[o.gradient]
@@ -129,17 +130,24 @@ class TrajectoryMatching:
             task.experts, rng.fold("segments"), o.window, o.expert_epochs, o.order, network
         )
 
+    def _beside(self, task: Task) -> Beside:
+        """The student's rate, and a row of float16 for each soft label."""
+        soft = self.options.labels != "hard"
+        return Beside(RATE_BYTES, 2 * len(task.images.spec.classes) if soft else 0)
+
     def init(self, task: Task, rng: Rng) -> TrajectoryState:
         """Images at the chosen start, their labels, the student's rate, all at rest."""
-        o, spec = self.options, task.images.spec
+        o = self.options
         _require_ipc(task, o)
         network, _ = self._plan(task, rng)
-        images = teachers.start(task, network, o.start, rng.fold("start")).to(task.device)
-        y = torch.arange(len(spec.classes), device=task.device).repeat_interleave(task.ipc)
-        synth = Pixels(images, y, spec, codec=o.codec)
+        beside = self._beside(task)
+        count = parametrised.per_class(task, o.synth, o.codec, beside)
+        images = teachers.start(task, network, o.start, count, rng.fold("start")).to(task.device)
+        synth = parametrised.form(task, images, o.synth, o.codec, rng, beside)
         if o.labels in ("soft", "learned"):
-            logits = teachers.soft_labels(task.experts, network, images, y)
-            synth = Pixels(images, logits, spec, y_kind="logit", codec=o.codec)
+            shown = synth.decode()
+            logits = teachers.soft_labels(task.experts, network, shown.x, shown.classes)
+            synth = parametrised.with_labels(synth, logits)
         log_rate = torch.tensor(math.log(o.inner.rate), dtype=torch.float32, device=task.device)
         moving = {**synth.params(), "rate": log_rate}
         if o.labels == "soft":
@@ -156,7 +164,8 @@ class TrajectoryMatching:
         segment: Segment = work.extra["prefetch"].get(state.step)
         with float32(work.task.device):
             found = self.gradients(state, work, segment, rng.fold("step", state.step))
-        by_name = {"images": found.images, "rate": found.rate * state.log_rate.exp()}
+        by_name = parametrised.pulled_back(state.synth, found.images)
+        by_name["rate"] = found.rate * state.log_rate.exp()
         if found.labels is not None:
             by_name["labels"] = found.labels
         moving = {key: work.reduce(by_name[key]) for key in state.velocity}
@@ -210,12 +219,11 @@ class TrajectoryMatching:
     ) -> TrajectoryState:
         """The state after one momentum step of everything that moves."""
         o = self.options
-        lr = {
-            "images": scheduled(o.lr, o.schedule, state.step, o.steps),
-            "labels": scheduled(o.lr_labels, o.schedule, state.step, o.steps),
-            "rate": o.lr_rate / o.inner.rate**2,
-        }
-        momentum = {"images": o.momentum, "labels": o.labels_momentum, "rate": o.momentum}
+        pixels = scheduled(o.lr, o.schedule, state.step, o.steps)
+        lr = {key: pixels * o.synth.factor(key) for key in gradients}
+        lr["labels"] = scheduled(o.lr_labels, o.schedule, state.step, o.steps)
+        lr["rate"] = o.lr_rate / o.inner.rate**2
+        momentum = {key: o.labels_momentum if key == "labels" else o.momentum for key in gradients}
         values = {**state.synth.params(), "rate": state.log_rate}
         norms, velocity, moved = {}, {}, {}
         for key, gradient in gradients.items():
@@ -234,7 +242,8 @@ class TrajectoryMatching:
 
     def finish(self, state: TrajectoryState, work: Workspace, rng: Rng) -> SynthSet:
         """The set, or its running average, with the student's rate; "target" labels are assigned again."""
-        images = state.synth.replace(state.average).decode()
+        synth = state.synth.replace(state.average)
+        images = synth.decode()
         labels, y_kind = images.y, images.y_kind
         if self.options.labels == "target":
             plan: Plan = work.extra["plan"]
@@ -242,7 +251,7 @@ class TrajectoryMatching:
             network = resolve(self.network, images.spec.shape)
             labels, y_kind = teachers.assigned_labels(work.task.experts, network, images.x, row), "prob"
         rate = float(state.log_rate.exp())
-        return Pixels(images.x, labels, images.spec, y_kind, self.options.codec, student_lr=rate)
+        return parametrised.finished(synth, rate, labels, y_kind)
 
 
 def clip_factor(size: Float[Tensor, ""], before: Float[Tensor, " n"], clip: float | int) -> Tensor:
@@ -260,6 +269,8 @@ def _require_ipc(task: Task, o: TrajectoryOptions) -> None:
     """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft, and
     one that has no room for the student's rate.
     """
+    if o.synth.name != "pixels":
+        return  # its plan counts every byte
     c, h, w = task.images.spec.shape
     classes = len(task.images.spec.classes)
     needed = task.ipc * classes * (c * h * w + 8 * c + label_bytes(classes)) + RATE_BYTES

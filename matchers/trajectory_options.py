@@ -10,6 +10,7 @@ from ddengine.ops import dsa
 from ddengine.ops.unroll import GRADIENTS
 from expert_buffers.segment import ORDERS, Window
 from matchers import descent, student, teachers
+from matchers.parametrised import FormOptions
 from matchers.student import InnerOptions
 from synth.pixels import CODECS
 from synth.starts import STARTS
@@ -29,7 +30,8 @@ class TrajectoryOptions:
     momentum. `labels`: class numbers, logits of the experts (fixed: "soft", free: "learned"), or TESLA's
     "target", assigned anew from each segment's target. `skip_above` leaves a step out whose loss is larger;
     `clip` bounds gradient norms by so many times their running median (0: no bound). `middle`, `balance`,
-    `perturb` are AST's terms, `ema` is FTD's average of the set.
+    `perturb` are AST's terms, `ema` is FTD's average of the set. `synth` says what is free: pixels, or bases
+    and compensators.
     """
 
     steps: int = 5000
@@ -55,6 +57,7 @@ class TrajectoryOptions:
     ema: float | int = 0.0
     compile: str = "auto"
     codec: str = "uint8"
+    synth: FormOptions = FormOptions()
 
     def __post_init__(self) -> None:
         for key in (

@@ -23,13 +23,13 @@ def data_card(manifest: Mapping[str, Any]) -> str:
         [
             f"# Distilled set of {escape(manifest['dataset']['name'])}",
             _what(manifest),
-            "![one row per class](preview.png)",
+            f"![{_pictured(manifest)}](preview.png)",
             "## Source",
             _source(manifest["dataset"]),
             "## Contents",
             _contents(manifest),
             "## Load",
-            _load(manifest["y_kind"]),
+            _load(manifest),
             "## Evaluation recipe",
             json_block(manifest["recipe"]),
             "## How it was made",
@@ -46,7 +46,62 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|~<>:-])", r"\\\1", html.escape(line, quote=False)) or "(no name)"
 
 
+def describe_composites(manifest: Mapping[str, Any]) -> str:
+    """The parts of a compensated set on one line: bases, compensators, labels, teachers."""
+    tensors = manifest["tensors"]
+    real = "images.scale" not in tensors and tensors["images"]["dtype"] == "uint8"
+    bases = f"{tensors['images']['shape'][0]} {'real' if real else 'free'} bases"
+    teachers = sum(name.startswith("teachers.") and name.endswith(".params") for name in tensors)
+    networks = f"{teachers} {'teacher' if teachers == 1 else 'teachers'}" if teachers else ""
+    return ", ".join(filter(None, [bases, _compensators(tensors), _soft_labels(manifest), networks]))
+
+
+def _compensators(tensors: Mapping[str, Any]) -> str:
+    if "compensators" not in tensors:
+        return "no compensators"
+    entry = tensors["compensators"]
+    g, m = entry["shape"][:2]
+    return f"{g} {'groups' if g > 1 else 'group'} of {m} {entry['dtype']} compensators"
+
+
+def _soft_labels(manifest: Mapping[str, Any]) -> str:
+    entry, k = manifest["tensors"].get("labels"), len(manifest["dataset"]["classes"])
+    if entry is None:
+        return "class numbers for labels"
+    coded = "int8" if entry["shape"][1] == k else "int4"
+    return f"{coded if entry['dtype'] == 'uint8' else entry['dtype']} logits for labels"
+
+
+def _what_composites(manifest: Mapping[str, Any]) -> str:
+    budget = manifest["budget"]
+    mode = manifest["recipe"].get("labels")
+    trained = {
+        "hard": "They are trained on with the class of their base.",
+        "static": "They are trained on with the mean logits of several teachers, computed once and stored.",
+        "dynamic": "They are trained on with what the stored teachers say of each batch.",
+    }
+    lines = [
+        f"{manifest['count']} training images, stored as `compensated` in {budget['total']} bytes: "
+        f"{describe_composites(manifest)}. Its bytes, but for teachers, are within those of "
+        f"{budget['ipc']} uint8 images a class.",
+        "A composite is a base image plus a compensator: an additive image that all classes share, one for "
+        "each teacher and group of bases. Each base is trained on as it is and once with each compensator of "
+        "its group; sums of real pixels are clipped to [0, 1]. Composites are made when they are asked for "
+        "and never stored: composite v * b + i is base i of b, with compensator v (0 is none).",
+        trained.get(mode, "") if isinstance(mode, str) else "",
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _pictured(manifest: Mapping[str, Any]) -> str:
+    if manifest["kind"] != "compensated":
+        return "one row per class"
+    return "bases, one row per class, and what compensators add to some of them"
+
+
 def _what(manifest: Mapping[str, Any]) -> str:
+    if manifest["kind"] == "compensated":
+        return _what_composites(manifest)
     ipc = manifest["budget"]["ipc"]
     each = f", {ipc} for each class" if ipc is not None else ""
     origin = "real" if manifest["kind"] == "subset" else "synthetic"
@@ -92,8 +147,10 @@ def tensor_table(manifest: Mapping[str, Any]) -> str:
     return "\n".join(["`data.safetensors`:\n", "| tensor | type | shape |", "|---|---|---|", *rows])
 
 
-def _load(y_kind: str) -> str:
-    labels = {"class": "class numbers", "prob": "class probabilities", "logit": "class logits"}[y_kind]
+def _load(manifest: Mapping[str, Any]) -> str:
+    kinds = {"class": "class numbers", "prob": "class probabilities", "logit": "class logits"}
+    labels = kinds[manifest["y_kind"]]
+    lazily = "`DistilledSet.composites()` gives them a batch at a time, by `take(indices)`."
     return "\n".join(
         [
             "```python",
@@ -103,6 +160,7 @@ def _load(y_kind: str) -> str:
             "```",
             "",
             "`images.spec.denormalise(x)` gives pixels in [0, 1].",
+            *([lazily] if manifest["kind"] == "compensated" else []),
             "`ddengine evaluate path/to/this/folder` trains fresh networks on the set, beside baselines.",
         ]
     )

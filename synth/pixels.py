@@ -110,9 +110,9 @@ class Pixels:
         affine = {"images.offset", "images.scale"} if quantised else set()
         return (
             names_problem(tensors, {"images", "labels", *affine}, {"student_lr"})
-            or _images_problem(tensors, spec)
+            or images_problem(tensors, spec)
             or labels_problem(tensors["labels"], len(tensors["images"]), y_kind, len(spec.classes))
-            or _rate_problem(tensors.get("student_lr"))
+            or rate_problem(tensors.get("student_lr"))
         )
 
 
@@ -163,7 +163,8 @@ def labels_problem(labels: Tensor, m: int, y_kind: str, k: int) -> str | None:
     return None
 
 
-def _images_problem(tensors: Mapping[str, Tensor], spec: DataSpec) -> str | None:
+def images_problem(tensors: Mapping[str, Tensor], spec: DataSpec) -> str | None:
+    """What is wrong with stored images in the tensors of `encode_images`, all of which must be there."""
     images = tensors["images"]
     if images.dtype not in CODECS.values() or tuple(images.shape[1:]) != spec.shape or len(images) == 0:
         return f"images are {images.dtype} {list(images.shape)}, not one or more of {list(spec.shape)}"
@@ -178,7 +179,8 @@ def _images_problem(tensors: Mapping[str, Tensor], spec: DataSpec) -> str | None
     return None if bool(ends.isfinite().all()) and bool((scale >= 0).all()) else "images are not finite"
 
 
-def _rate_problem(rate: Tensor | None) -> str | None:
+def rate_problem(rate: Tensor | None) -> str | None:
+    """What is wrong with a stored learning rate; None for one that is right or not there."""
     if rate is None or (rate.dtype == torch.float32 and rate.ndim == 0 and 0 < rate.item() < float("inf")):
         return None
     return "student_lr is not one positive float32"

@@ -18,7 +18,7 @@ from ddengine.types import LABEL_KINDS
 
 FORMAT, VERSION = "ddengine/distilled-set", 1
 MANIFEST, DATA = "manifest.json", "data.safetensors"
-DTYPES = {"uint8": 1, "int16": 2, "int32": 4, "float16": 2, "float32": 4}
+DTYPES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "float16": 2, "float32": 4}
 TENSORS_MAX, FILES_MAX = 600, 64
 COLUMNS_MAX, CODES_MAX = 256, 2**20  # label columns of nodes or of edges, and codes of a column
 GRAPH_KINDS = ("forest", "graphs")

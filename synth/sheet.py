@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddengine import files
 from ddengine.errors import require_positive
-from ddengine.types import Images
+from ddengine.types import DataSpec, Images
 
 TILE_MIN, TILE_MAX = 48, 128  # pixels: small images are enlarged to at least, large ones reduced to at most
 ROWS = 25  # classes in one column of the sheet
@@ -29,18 +29,23 @@ def contact_sheet(images: Images, path: str | Path, per_class: int = 10, scale: 
     One channel is grey, three are RGB, any other number is shown as its mean. Beyond 25 classes the rows go
     on in a second column, and beyond 100 they are counted but not drawn.
     """
+    buffer = io.BytesIO()
+    draw_sheet(images, per_class, scale).save(buffer, "PNG")
+    files.write_bytes(Path(path), buffer.getvalue())
+
+
+def draw_sheet(images: Images, per_class: int = 10, scale: int | None = None) -> Image.Image:
+    """The picture that `contact_sheet` writes."""
     require_positive("per_class", per_class)
     if scale is not None:
         require_positive("scale", scale)
     shown = [_tiles(images, c, per_class, scale) for c in range(min(len(images.spec.classes), CLASSES_MAX))]
-    buffer = io.BytesIO()
-    _lay_out(shown, images.spec.classes, _tile_size(images, scale)).save(buffer, "PNG")
-    files.write_bytes(Path(path), buffer.getvalue())
+    return _lay_out(shown, images.spec.classes, tile_size(images.spec, scale))
 
 
-def _tile_size(images: Images, scale: int | None) -> tuple[int, int]:
+def tile_size(spec: DataSpec, scale: int | None = None) -> tuple[int, int]:
     """(width, height) of one tile."""
-    h, w = images.spec.shape[1:]
+    h, w = spec.shape[1:]
     factor = float(scale or max(1, math.ceil(TILE_MIN / min(h, w))))
     if scale is None and max(h, w) * factor > TILE_MAX:
         factor = TILE_MAX / max(h, w)
@@ -49,11 +54,15 @@ def _tile_size(images: Images, scale: int | None) -> tuple[int, int]:
 
 def _tiles(images: Images, c: int, per_class: int, scale: int | None) -> list[Image.Image]:
     chosen = images.take((images.classes == c).nonzero().squeeze(1)[:per_class])
-    size, (h, w) = _tile_size(images, scale), images.spec.shape[1:]
-    how = Image.Resampling.BOX if size[0] < w or size[1] < h else Image.Resampling.NEAREST
-    pixels = to_pixels(chosen).numpy()
-    pictures = [Image.fromarray(p if p.shape[2] == 3 else p[:, :, 0]) for p in pixels]
-    return [picture.convert("RGB").resize(size, how) for picture in pictures]
+    return pictures(to_pixels(chosen), tile_size(images.spec, scale))
+
+
+def pictures(pixels: UInt8[Tensor, "n h w c"], size: tuple[int, int]) -> list[Image.Image]:
+    """Images of 1 or 3 channels as pictures of `size` (width, height)."""
+    (h, w), (width, height) = pixels.shape[1:3], size
+    how = Image.Resampling.BOX if width < w or height < h else Image.Resampling.NEAREST
+    drawn = [Image.fromarray(p if p.shape[2] == 3 else p[:, :, 0]) for p in pixels.numpy()]
+    return [picture.convert("RGB").resize(size, how) for picture in drawn]
 
 
 def to_pixels(images: Images) -> UInt8[Tensor, "n h w c"]:
@@ -74,11 +83,15 @@ def to_pixels(images: Images) -> UInt8[Tensor, "n h w c"]:
     return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def text_font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's DejaVu Sans, which covers Latin, Greek, Cyrillic and more than Pillow's own font does."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+
+
 def _lay_out(rows: list[list[Image.Image]], classes: tuple[str, ...], tile: tuple[int, int]) -> Image.Image:
-    # Matplotlib ships DejaVu Sans, which covers Latin, Greek, Cyrillic and more than Pillow's own font does.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+    font = text_font()
     height = max(tile[1], FONT_SIZE + 3) + GAP
-    label = min(LABEL_WIDTH, max(math.ceil(font.getlength(_printable(n))) for n in classes[: len(rows)]))
+    label = min(LABEL_WIDTH, max(math.ceil(font.getlength(printable(n))) for n in classes[: len(rows)]))
     width = label + 3 * GAP + max(map(len, rows)) * (tile[0] + GAP)
     columns, left_out = math.ceil(len(rows) / ROWS), len(classes) - len(rows)
     deep = math.ceil(len(rows) / columns)
@@ -88,7 +101,7 @@ def _lay_out(rows: list[list[Image.Image]], classes: tuple[str, ...], tile: tupl
     draw = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):
         x, y = number // deep * width + GAP, number % deep * height + GAP
-        lines = _wrap(_printable(classes[number]), font, label, max(1, height // (FONT_SIZE + 3)))
+        lines = wrap(printable(classes[number]), font, label, max(1, height // (FONT_SIZE + 3)))
         top = y + (height - GAP) / 2
         text = "\n".join(lines)
         draw.multiline_text((x + label, top), text, INK, font, anchor="rm", align="right", spacing=2)
@@ -99,13 +112,13 @@ def _lay_out(rows: list[list[Image.Image]], classes: tuple[str, ...], tile: tupl
     return sheet
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name on one line, without what cannot be drawn."""
     text = name.encode(errors="replace").decode()
     return "".join(c if c.isprintable() else " " for c in text).strip() or "?"
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """`text` in at most `lines` pieces no wider than `width`, broken after a separator where one is near."""
     pieces: list[str] = []
     while text and len(pieces) < lines:

@@ -9,24 +9,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddengine import files
+from ddengine.composites import Composites
 from ddengine.errors import ArtefactError, UsageError
 from ddengine.graphs import Graphs
 from ddengine.ops.dag import Trees
 from ddengine.types import Images, SynthSet
 from synth import schema
 from synth.card import data_card
+from synth.compensated import Compensated
+from synth.composite_sheet import composite_sheet
 from synth.described import dataset_fields, form_tensors, pack_whitening, spec_of, spec_problem
-from synth.forms import FORMS, Form
+from synth.forms import FORMS, Form, images_per_class, items_text, stored_count
 from synth.graph_card import graph_card
 from synth.schema import DATA, MANIFEST, damaged
 from synth.sheet import contact_sheet
+from synth.teachers import build_teachers
 
 CARD, PREVIEW = "README.md", "preview.png"
 OURS = {DATA, CARD, PREVIEW, MANIFEST}
-ITEMS = {"pixels": "pixels images", "subset": "subset images", "forest": "forest items", "graphs": "graphs"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +66,8 @@ class DistilledSet:
             "tensors": declared,
             "dataset": dataset,
             "y_kind": synth.y_kind,
-            "count": len(tensors["labels"]),
-            "budget": {**schema.part_bytes(declared, synth.kind), "ipc": _ipc(synth)},
+            "count": stored_count(tensors, synth.kind),
+            "budget": {**schema.part_bytes(declared, synth.kind), "ipc": images_per_class(synth)},
             "recipe": _plain("recipe", recipe),
             "provenance": _plain("provenance", provenance),
         }
@@ -122,6 +125,20 @@ class DistilledSet:
         """All, or the items at `indices`: Images in model-input space (float32), or Trees, or Graphs."""
         return self.synth.decode(indices)
 
+    def composites(self) -> Composites | None:
+        """The training images of a compensated set, made when asked for; None for any other kind."""
+        synth = self.synth
+        return synth.composites() if isinstance(synth, Compensated) else None
+
+    def teachers(self) -> list[nn.Module]:
+        """The networks that come with the set, in eval mode; none for most sets.
+
+        Raises ArtefactError when the manifest's recipe and the stored vectors disagree.
+        """
+        synth = self.synth
+        stored = synth.teachers if isinstance(synth, Compensated) else ()
+        return build_teachers(self.manifest["recipe"].get("teachers", []), stored, self.spec)
+
     @property
     def synth(self) -> Form:
         """The set in its form, for example to go on distilling it."""
@@ -166,35 +183,37 @@ class DistilledSet:
 
     def _write(self, folder: Path) -> None:
         entries = {DATA: files.write_tensors(folder / DATA, self.tensors)}
-        decoded = self.decode()
-        if isinstance(decoded, Images):
-            card = data_card(self.manifest)
-            contact_sheet(decoded, folder / PREVIEW)
-        else:
-            card = graph_card({**self.manifest, "files": entries}, decoded)
-            _draw_graphs(decoded, folder / PREVIEW)
+        card = self._describe(folder / PREVIEW, entries)
         files.write_bytes(folder / CARD, card.encode())
         for name in (CARD, PREVIEW):
             entries[name] = {"sha256": files.sha256(folder / name), "bytes": (folder / name).stat().st_size}
         manifest = {**self.manifest, "files": entries}
         files.write_json(folder / MANIFEST, {**manifest, "seal": schema.seal(manifest)})
 
+    def _describe(self, preview: Path, entries: Mapping[str, Any]) -> str:
+        """Draw the preview; returns the text of the card."""
+        synth = self.synth
+        if isinstance(synth, Compensated):
+            composite_sheet(synth, preview)
+            return data_card(self.manifest)
+        decoded = synth.decode()
+        if isinstance(decoded, Images):
+            contact_sheet(decoded, preview)
+            return data_card(self.manifest)
+        _draw_graphs(decoded, preview)
+        return graph_card({**self.manifest, "files": entries}, decoded)
+
 
 def verify(folder: str | Path) -> list[str]:
     """Check everything in a saved set: a line for each thing found right, else raises as `load` does."""
     loaded = DistilledSet.load(folder)
-    manifest = loaded.manifest
+    manifest, items = loaded.manifest, items_text(loaded.tensors, loaded.kind)
     return [
         f"{MANIFEST}: {schema.FORMAT} version {manifest['version']}, fields well formed, seal intact",
         *(f"{name}: {e['bytes']} bytes, SHA-256 as declared" for name, e in manifest["files"].items()),
         *(f"{name}: {t['dtype']} {t['shape']}, finite" for name, t in manifest["tensors"].items()),
-        f"{manifest['count']} {ITEMS[loaded.kind]}, labels ({manifest['y_kind']}) in range",
+        f"{manifest['count']} {items}, labels ({manifest['y_kind']}) in range",
     ]
-
-
-def _ipc(synth: Form) -> int | None:
-    counts = torch.bincount(synth.decode().classes.cpu(), minlength=len(synth.spec.classes)).tolist()
-    return counts[0] if counts[0] and len(set(counts)) == 1 else None
 
 
 def _plain(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,8 +239,8 @@ def _read_data(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _stored_problem(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str | None:
     wrong = _tensors_problem(tensors, manifest["dataset"], manifest["kind"], manifest["y_kind"])
-    counted = len(tensors["labels"]) == manifest["count"] if wrong is None else True
-    return wrong or (None if counted else "count is not the number of labels")
+    counted = wrong is not None or stored_count(tensors, manifest["kind"]) == manifest["count"]
+    return wrong or (None if counted else "count is not the number of training items")
 
 
 def _tensors_problem(

@@ -20,9 +20,11 @@ from ddengine.rng import Rng
 from ddengine.types import Budget, Matcher, Task
 from matchers.trajectory import TrajectoryMatching
 from synth import DistilledSet
+from synth.compensated import Compensated
 
 NET = NetSpec("convnet", width=4, depth=2)
 QUICK = {"steps": 3, "real_per_class": 5, "chunk": 31, "inner": {"steps": 2, "rate": 0.02}}
+DYNAMIC = {"labels": "dynamic", "count_teachers": False}
 AST = {"middle": "equal", "balance": True, "perturb": 1.0, "ema": 0.9}
 IMAGES = {
     **{name: (name, {}) for name, found in matchers.MATCHERS.items() if found.accepts.source != "graphs"},
@@ -30,6 +32,18 @@ IMAGES = {
     "trajectory-target": ("trajectory", {"labels": "target", "gradient": "tesla"}),
     "trajectory-ast": ("trajectory", {**AST, "inner": {**QUICK["inner"], "momentum": 0.9, "batch": 7}}),
     "attention-buffer": ("attention", {"networks": "buffer"}),
+    "attention-compensated": ("attention", {"synth": "compensated"}),
+    "trajectory-compensated": (
+        "trajectory",
+        {"synth": {"name": "compensated", "groups": 2}, "labels": "learned"},
+    ),
+    "compensator": ("compensator", {"teachers": (1, 3)}),
+    "compensator-dynamic": ("compensator", {"teachers": (1,), "label_teachers": (3,), **DYNAMIC}),
+    "compensator-images": ("compensator", {"teachers": (1, 3), "recover": "images", "label_teachers": (0,)}),
+    "compensator-part": (
+        "compensator",
+        {"teachers": (1, 3), "groups": 1, "class_batch": 7, "labels": "hard"},
+    ),
 }
 GRAPHS = {
     "computation_tree": ("computation_tree", {}),
@@ -43,6 +57,7 @@ CASES = {
     **{f"graphs-{name}": ("graphs", *case) for name, case in GRAPHS.items()},
 }
 DETERMINISTIC = {"herding", "kcenter", "tree_herding", "computation_tree"}  # they draw nothing
+BATCH = NetSpec("convnet", width=4, depth=2, norm="batch")
 NETS = {"images": NET, "graphs": NetSpec("gin")}
 IPC = 3
 
@@ -51,7 +66,7 @@ IPC = 3
 def images_task(tmp_path_factory):
     digits = load("digits").fit
     some = digits.take(torch.arange(0, len(digits), 9))
-    buffer = trained_experts.write(tmp_path_factory.mktemp("experts") / "buffer", some, NET)
+    buffer = trained_experts.write(tmp_path_factory.mktemp("experts") / "buffer", some, NET, BATCH)
     return Task(some, Budget(IPC), buffer)
 
 
@@ -186,15 +201,28 @@ def test_no_global_generator_is_touched(matcher, task):
         run(matcher, task)
 
 
+def within_the_nominal_bytes(matcher, synth, nominal):
+    """All bytes count, but those of teachers that are left out on demand; more of one class is one sheet."""
+    uncounted = sum(2 * len(params) + 4 * len(statistics) for params, statistics in synth.teachers)
+    assert bool(uncounted) == (getattr(matcher.options, "labels", "") == "dynamic")
+    assert synth.nbytes["total"] - uncounted <= nominal
+    counts = torch.bincount(synth.classes, minlength=len(synth.spec.classes))
+    assert counts.min() >= 1 and counts.max() - counts.min() <= 1
+
+
 def test_budget_and_classes_are_respected(matcher, task):
     _, _, synth = run(matcher, task)
     decoded = synth.decode()
     assert decoded.spec == task.source.spec
     counts = torch.bincount(decoded.classes, minlength=len(decoded.spec.classes)).tolist()
-    if getattr(decoded, "y_kind", "class") == "class":
+    if isinstance(synth, Compensated):
+        within_the_nominal_bytes(matcher, synth, IPC * len(task.source.spec.classes) * 64)
+    elif getattr(decoded, "y_kind", "class") == "class":
         assert sum(counts) == len(decoded) and all(1 <= n <= IPC for n in counts)
-    if task.kind == "images" or isinstance(decoded, Graphs):
-        assert len(decoded) == IPC * len(decoded.spec.classes)
+        if task.kind == "images" or isinstance(decoded, Graphs):
+            assert len(decoded) == IPC * len(decoded.spec.classes)
+    else:
+        assert len(decoded) == IPC * len(decoded.spec.classes) or task.kind == "graphs"
     picked = synth.decode(torch.tensor([len(decoded) - 1, 0]))
     assert torch.equal(picked.y, decoded.y[[-1, 0]])
     if task.kind == "images":
@@ -209,17 +237,21 @@ def test_the_bytes_of_the_parts_are_those_of_the_packed_tensors(matcher, task):
     assert parts.keys() >= {"images", "labels", "extras"} and (parts["images"] > 0) == (task.kind == "images")
     assert synth.nbytes["total"] == sum(parts.values()) == sum(t.nbytes for t in synth.pack().values())
     if isinstance(matcher, TrajectoryMatching):  # the student's rate
-        assert parts["extras"] == 4
+        assert synth.student_lr is not None and (parts["extras"] == 4 or isinstance(synth, Compensated))
 
 
 def test_a_budget_in_bytes_holds_the_stored_set(matcher, task):
     nbytes = 1600 if task.kind == "images" else 230
     some = replace(task, budget=Budget(nbytes=nbytes))
-    if getattr(matcher.options, "labels", "hard") != "hard":
+    trajectory = isinstance(matcher, TrajectoryMatching) and matcher.options.labels != "hard"
+    if trajectory and matcher.options.synth.name == "pixels":
         with pytest.raises(UsageError, match=r"budget.nbytes=1600 .* hard labels\nGive ipc=N"):
             run(matcher, some)
         return
     _, _, synth = run(matcher, some)
+    if isinstance(synth, Compensated):
+        within_the_nominal_bytes(matcher, synth, nbytes)
+        return
     decoded = synth.decode()
     counts = torch.bincount(decoded.classes, minlength=len(decoded.spec.classes)).tolist()
     assert min(counts) >= 1
@@ -229,7 +261,7 @@ def test_a_budget_in_bytes_holds_the_stored_set(matcher, task):
 
 
 def test_a_budget_in_bytes_that_holds_nothing_is_refused(matcher, task):
-    with pytest.raises(UsageError, match="nbytes=3"):
+    with pytest.raises(UsageError, match="nbytes=3|budget of 3 bytes"):
         run(matcher, replace(task, budget=Budget(nbytes=3)))
 
 

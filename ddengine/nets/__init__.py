@@ -20,6 +20,7 @@ from ddengine.nets.classic import VGG11, AlexNet, LeNet
 from ddengine.nets.convnet import ConvNet, default_depth
 from ddengine.nets.core import NORMS, Features, NetSpec, Network, Tap, initialise
 from ddengine.nets.mlp import MLP
+from ddengine.nets.mobile import EfficientNetB0, MobileNetV2, ShuffleNetV2
 from ddengine.nets.resnet import ResNet18
 from ddengine.nets.vit import ViT
 
@@ -51,6 +52,9 @@ NETWORKS: dict[str, NetworkClass] = {
     "vgg11": VGG11,
     "resnet18": ResNet18,
     "vit": ViT,
+    "mobilenet_v2": MobileNetV2,
+    "efficientnet_b0": EfficientNetB0,
+    "shufflenet_v2": ShuffleNetV2,
 }
 
 

@@ -20,6 +20,7 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5  # strengths of the released co
 CROP, CUTOUT, SCALE, DEGREES = 0.125, 0.5, 1.2, 15.0
 DIGITS = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 NONE = -1
+NUMBERS = 11  # that a row of parameters is made of
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,19 @@ def sample(
     Each row gets one operator drawn uniformly from `strategy`; with `one_op` all rows share the operator
     and differ in its numbers (the papers' evaluation: one operator a mini-batch, parameters a sample).
     """
-    ops, (h, w) = parse(strategy), size
+    ops = parse(strategy)
     op = torch.randint(max(len(ops), 1), (1 if one_op else groups,), generator=generator).expand(groups)
     u = torch.rand((groups, 12), generator=generator)
+    return numbers(torch.tensor(ops)[op] if ops else torch.full((groups,), NONE), u[:, :NUMBERS], size)
+
+
+def numbers(op: Int[Tensor, " g"], u: Float[Tensor, "g 11"], size: tuple[int, int]) -> DsaParams:
+    """The parameters that rows of NUMBERS uniform numbers in [0, 1) stand for, on images of `size` (h, w)."""
+    h, w = size
     crop, cut = [int(s * CROP + 0.5) for s in size], [int(s * CUTOUT + 0.5) for s in size]
     extent = torch.tensor([h, w])
     return DsaParams(
-        op=torch.tensor(ops)[op] if ops else torch.full((groups,), NONE),
+        op=op,
         colour=u[:, 0:3],
         shift=(u[:, 3:5] * (2 * torch.tensor(crop) + 1)).long() - torch.tensor(crop),
         centre=(u[:, 5:7] * (extent + 1 - torch.tensor(cut) % 2)).long(),
@@ -83,6 +90,20 @@ def sample(
         scale=u[:, 8:10] * (SCALE - 1 / SCALE) + 1 / SCALE,
         angle=(u[:, 10] * 2 - 1) * math.radians(DEGREES),
     )
+
+
+def in_turn(x: Float[Tensor, "n c h w"], params: DsaParams, strategy: str) -> Float[Tensor, "n c h w"]:
+    """Each image under all operators of `strategy`, in its order, with the numbers of its row of `params`.
+
+    Differentiable in x. Raises UsageError if the rows do not cover the batch.
+    """
+    if len(params) != len(x):
+        raise UsageError(
+            f"{len(params)} augmentation rows for {len(x)} images", "Give one row for each image"
+        )
+    for op in parse(strategy):
+        x = _APPLY[op](x, params)
+    return x
 
 
 def apply(

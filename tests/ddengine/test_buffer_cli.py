@@ -13,15 +13,16 @@ import pytest
 import torch
 
 import ddengine
-from ddengine import catalog, recipes
+from ddengine import catalog, data, recipes
 from ddengine.cli import main
 from ddengine.compose import composed
 from ddengine.config import BufferConfig
 from ddengine.errors import UsageError
-from ddengine.nets import NetSpec, build
+from ddengine.nets import NetSpec, build, has_batch_norm
 from ddengine.rng import Rng
 from expert_buffers import ExpertBuffer, legacy
 from expert_buffers.recipes import RECIPES, ExpertRecipe
+from expert_buffers.training import scored_indices
 
 KILLS = int(os.environ.get("DDENGINE_FAULTS", "3"))
 ROOT = Path(ddengine.__file__).parents[1]
@@ -308,3 +309,39 @@ def test_an_import_that_cannot_be_is_refused_in_two_lines(words, code, said, cal
     found, out, err = call("import", *(path if word == "FILE" else word for word in words))
     assert (found, out) == (code, "")
     assert said in err and len(err.splitlines()) == 2 and "  fix: " in err
+
+
+TEACHERS = ["buffer", "dataset=digits", "networks=[convnet,resnet18]", "network.width=4",
+            "network.norm=batch", "recipe=squeeze", "count=2", "workers=1", "out=teachers"]  # fmt: skip
+
+
+def test_teachers_of_several_architectures_come_back_with_their_running_statistics(call, tmp_path):
+    code, out, err = call(*TEACHERS, "epochs=2", "--json")
+    found = json.loads(out)
+    assert (code, found["experts"], found["epochs"]) == (0, 2, [2, 2]), err
+    assert (found["recipe"]["schedule"], found["recipe"]["epochs"]) == ("cosine", 2)
+    buffer, source = ExpertBuffer(tmp_path / "teachers"), data.load("digits").fit
+    assert [buffer.network(i).name for i in range(2)] == ["convnet", "resnet18"]
+    scored = source.take(scored_indices(0, len(source)))
+    for i in range(2):
+        net = buffer.build(i, 2).eval()
+        running = [tensor for name, tensor in net.named_buffers() if name.endswith("running_mean")]
+        assert has_batch_norm(net) and running and all(tensor.any() for tensor in running)
+        with torch.no_grad():
+            right = (net(scored.model_input(slice(None))).argmax(1) == scored.y).float().mean()
+        assert right.item() == pytest.approx(float(buffer[i].accuracy[2]), abs=0.005)
+        assert buffer[i].accuracy[2] > 0.15  # a tenth is chance
+    assert call("verify", "teachers")[0] == 0
+    before = contents(tmp_path / "teachers")
+    code, out, err = call(*TEACHERS, "epochs=3")
+    assert (code, out, len(err.splitlines())) == (2, "", 2)
+    assert "recipe.epochs is 2 there and 3 here" in err.splitlines()[0]
+    assert contents(tmp_path / "teachers") == before
+
+
+def test_squeeze_is_as_long_as_its_recipe_unless_epochs_says_otherwise(recorded, tmp_path):
+    given, rest = recorded("recipe=squeeze", "networks=[mobilenet_v2,shufflenet_v2]", f"out={tmp_path}")
+    assert (rest["recipe"], rest["epochs"]) == (RECIPES["squeeze"], None)
+    assert [spec.name for spec in given[1]] == ["mobilenet_v2", "shufflenet_v2"]
+    _, rest = recorded("recipe=squeeze", "recipe.epochs=4", "recipe.augment=none")
+    assert rest["recipe"] == replace(RECIPES["squeeze"], epochs=4, augment="none")

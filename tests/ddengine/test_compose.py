@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import matchers
 from ddengine import catalog, loop, recipes
+from ddengine.cli import KEYS
 from ddengine.compose import composed, spelled
 from ddengine.config import COMMANDS, DemoConfig, DistillConfig, EvaluateConfig, EvaluateGraphsConfig
 from ddengine.data import DATASETS, GRAPH_COLLECTIONS, GRAPHS
@@ -17,6 +18,8 @@ from ddengine.errors import UsageError
 from ddengine.graph_train import GraphRecipe
 from ddengine.nets import NETWORKS
 from ddengine.nets.graph import GRAPH_NETWORKS
+from ddengine.ops import dsa
+from ddengine.train import Recipe
 from matchers import MATCHERS
 
 ROWS = [name for name, _, _ in catalog.configs()]
@@ -176,14 +179,34 @@ def test_catalog_names_what_the_registries_hold():
 
 
 def test_composing_twice_gives_equal_configurations_that_share_nothing():
-    first = composed("evaluate", ["dataset=digits", "recipe.lrs=[0.5]"])
-    first.rows.append("mine")
+    first = composed("evaluate", ["dataset=digits", "recipe.lrs=[0.5]", "networks=[mlp]"])
+    first.networks.append("mine")
+    first.recipe.lrs.append(0.25)
     first.dataset.root = "elsewhere"
     second, third = (composed("evaluate", ["dataset=digits"]) for _ in range(2))
     assert second == third
-    assert second.rows == EvaluateConfig().rows
+    assert second.networks == EvaluateConfig().networks
     assert (second.dataset.root, second.recipe.lrs) == (None, EvaluateConfig().recipe.lrs)
-    assert second.rows is not third.rows
+    assert second.recipe is not third.recipe
+
+
+def test_a_recipe_that_is_given_in_part_keeps_what_the_set_says():
+    config = composed("evaluate", ["dataset=digits", "recipe.steps=50", "recipe.temperature=4"]).recipe
+    trained = {"optimiser": "adamw", "temperature": 20.0, "augment": "crop_flip", "steps": 7}
+    manifest = {"recipe": {"train": trained}}
+    expected = Recipe(steps=50, optimiser="adamw", temperature=4.0, augment="crop_flip")
+    assert recipes._recipe(config, manifest, "digits") == expected
+    auto = composed("evaluate", ["dataset=digits", "recipe.augment=auto", "recipe.lrs=[1]"]).recipe
+    digits = replace(expected, steps=7, temperature=20.0, lrs=(1.0,), augment=dsa.strategy_for("digits"))
+    assert recipes._recipe(auto, manifest, "digits") == digits
+    plain = composed("evaluate", ["dataset=cifar10"]).recipe
+    assert recipes._recipe(plain, {"recipe": {}}, "cifar10") == Recipe()
+
+
+def test_every_field_of_a_recipe_but_its_schedule_has_a_key():
+    keys = vars(composed("evaluate", ["dataset=digits"]).recipe)
+    assert set(keys) == {field.name for field in fields(Recipe)} - {"schedule"}
+    assert all(f"recipe.{key}=" in KEYS["evaluate"] for key in keys)
 
 
 def test_composing_leaves_no_state_behind_even_after_an_error():

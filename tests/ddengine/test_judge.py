@@ -1,6 +1,5 @@
 import json
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,10 +8,13 @@ import torch.nn.functional as F
 
 import ddengine.bench
 import ddengine.judge
+import ddengine.train
+from ddengine.composites import Composites
 from ddengine.data import load
-from ddengine.errors import UsageError
-from ddengine.judge import ROWS, Judged, count_for_bytes, evaluate, label_networks, trial_rates
-from ddengine.nets import NetSpec
+from ddengine.errors import ArtefactError, UsageError
+from ddengine.judge import Judged, evaluate, label_networks, trial_rates
+from ddengine.nets import NetSpec, build
+from ddengine.rivals import ROWS, count_for_bytes, label_mode
 from ddengine.rng import Rng
 from ddengine.tables import spread
 from ddengine.train import Recipe
@@ -31,12 +33,12 @@ def digits():
     return load("digits")
 
 
-def packed(fit, ipc=1, y_kind="class", student_lr=None, network=MLP):
+def packed(fit, ipc=1, y_kind="class", student_lr=None, network=MLP, **recipe):
     chosen = fit.take(random(fit, ipc, Rng(11)))
     labels = chosen.y if y_kind == "class" else F.one_hot(chosen.y, 10).float()
     pixels = Pixels(chosen.model_input(), labels, fit.spec, y_kind, student_lr=student_lr)
     provenance = {"seconds": 1.5, "steps": 7, "peak_memory_bytes": 1000}
-    return DistilledSet.make(pixels, recipe={"network": network.to_dict()}, provenance=provenance)
+    return DistilledSet.make(pixels, recipe={"network": network.to_dict(), **recipe}, provenance=provenance)
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +239,14 @@ def test_the_set_brings_its_own_preprocessing(digits):
     assert timeless(tables[0]) == timeless(tables[1])
 
 
-def test_the_default_recipe_follows_the_dataset(distilled, digits, monkeypatch):
-    monkeypatch.setattr(ddengine.judge, "Recipe", partial(Recipe, steps=1))
-    table = evaluate(distilled, digits, networks=[MLP], seeds=1, rows=(), recipe=None).to_json()
-    assert table["recipe"]["augment"] == "color_crop_cutout_scale_rotate"
+def test_the_default_recipe_is_the_sets_own_and_its_augmentation_follows_the_dataset(digits):
+    asks = packed(digits.fit, train={"steps": 1, "lrs": [0.5], "optimiser": "adamw"})
+    table = evaluate(asks, digits, networks=[MLP], seeds=1, rows=()).to_json()
+    own = Recipe(steps=1, lrs=(0.5,), optimiser="adamw", augment="color_crop_cutout_scale_rotate")
+    assert table["recipe"] == own.to_dict()
+    assert judged(asks, digits, rows=(), seeds=1).table["recipe"] == TINY.to_dict()
+    with pytest.raises(ArtefactError, match="recipe.train.pace=3"):
+        evaluate(packed(digits.fit, train={"pace": 3}), digits, networks=[MLP])
 
 
 def test_networks_of_one_name_are_told_apart():
@@ -281,3 +287,194 @@ def test_a_set_of_other_classes_is_refused(distilled, digits):
                for part in ("fit", "validation", "test")}  # fmt: skip
     with pytest.raises(UsageError, match="classes differ"):
         judged(distilled, replace(digits, **foreign))
+
+
+KD = Recipe(steps=4, lrs=(0.01,), batch_size=32, augment="crop", augment_mode="item", optimiser="adamw",
+            loss="kl", temperature=5.0, mix="mixup", ema=0.5)  # fmt: skip
+SAME = "random_same_labels"
+
+
+class Made:
+    """A set of composites as the judge sees one, without a file."""
+
+    def __init__(self, composites, mode, nbytes, stored=0):
+        self.made = composites
+        self.tensors = {"images": composites.bases, "teachers.0": torch.zeros(stored, dtype=torch.float16)}
+        recipe = {"network": MLP.to_dict(), "labels": mode}
+        self.manifest = {
+            "recipe": recipe,
+            "y_kind": composites.y_kind,
+            "budget": {"ipc": 2},
+            "count": len(composites),
+        }
+        self.nbytes = {"images": nbytes - 2 * stored, "labels": 0, "extras": 2 * stored, "total": nbytes}
+
+    def composites(self):
+        return self.made
+
+    def decode(self):
+        raise AssertionError("composites are not to be decoded")
+
+
+@pytest.fixture(scope="module")
+def teachers(digits):
+    recipe = Recipe(steps=30, augment="none")
+    nets = [
+        ddengine.train.train(spec, digits.fit, recipe, 0.1, Rng(i)).eval()
+        for i, spec in enumerate((MLP, CONVNET))
+    ]
+    for net in nets:
+        net.zero_grad()
+    return nets
+
+
+def composed(fit, teachers, mode, nbytes=1500, stored=0):
+    chosen = fit.take(random(fit, 1, Rng(11)))
+    u = torch.randn(1, 2, *fit.spec.shape, generator=Rng(0).torch("u")) / 9
+    classes = chosen.y.repeat(3)
+    bare = Composites(chosen.x, u, torch.zeros(10, dtype=torch.long), classes, fit.spec)
+    if mode == "static":
+        bare = replace(bare, y=mean_of(teachers, bare.model_input()), y_kind="logit")
+    return Made(bare, mode, nbytes, stored)
+
+
+def mean_of(teachers, x):
+    with torch.no_grad():
+        return sum(teacher(x) for teacher in teachers) / len(teachers)
+
+
+def trained_on(monkeypatch):
+    """What each network was trained on, in the order of the jobs."""
+    seen, real = [], ddengine.bench.train
+
+    def spy(spec, images, *rest):
+        seen.append((images, rest[-1]))
+        return real(spec, images, *rest)
+
+    monkeypatch.setattr(ddengine.bench, "train", spy)
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_every_row_of_a_distillation_takes_the_same_steps_and_passes(digits, teachers, monkeypatch, mode):
+    counted, row = {}, []
+    job, step, make = ddengine.judge.run_job, torch.optim.AdamW.step, ddengine.train.build
+
+    def note(what, count):
+        counted.setdefault(what, {}).setdefault(row[-1], []).append(count)
+
+    def build_counting(*args):
+        net = make(*args)
+        net.register_forward_pre_hook(lambda net, x: note("passes", len(x[0])) if net.training else None)
+        return net
+
+    monkeypatch.setattr(ddengine.judge, "run_job", lambda bench, j: row.append(j.row) or job(bench, j))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: note("steps", 1) or step(*a, **k))
+    monkeypatch.setattr(ddengine.train, "build", build_counting)
+    made = composed(digits.fit, teachers, mode)
+    table = judged(made, digits, recipe=KD, teachers=teachers, rows=None).table
+    names = ["distilled", *ROWS, SAME]
+    assert [found["name"] for found in table["rows"]] == names
+    networks = 1 + 2  # one trial and two finals of four steps each
+    assert {name: len(counted["steps"][name]) for name in names} == dict.fromkeys(names, 4 * networks)
+    assert {name: len(counted["passes"][name]) for name in names} == dict.fromkeys(names, 4 * networks)
+    assert {found["steps"] for found in table["rows"]} == {4}
+    counts = {found["name"]: found["count"] for found in table["rows"]}
+    for name in names:  # a batch is never larger than the set
+        assert set(counted["passes"][name]) == {min(32, counts[name])}
+
+
+def test_static_labels_of_random_images_are_the_teachers_mean_logits(digits, teachers, monkeypatch):
+    seen = trained_on(monkeypatch)
+    made = composed(digits.fit, teachers, "static")
+    run = judged(made, digits, recipe=KD, teachers=teachers, rows=(SAME, "random"), seeds=2)
+    subject, same, plain = (row for row in run.table["rows"])
+    assert subject["count"] == 30 and isinstance(seen[0][0], Composites) and plain["count"] == 20
+    drawn = [images for images, _ in (seen[1], seen[5], seen[6])]
+    for images in drawn:
+        assert images.y_kind == "logit"
+        torch.testing.assert_close(images.y, mean_of(teachers, images.model_input()), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(drawn[1].x, drawn[2].x)
+    assert all(asked is None for _, asked in seen)
+    assert seen[2][0].y_kind == "class"
+    assert same["count"] == 1500 // (64 + 10 + 4) == 19
+    assert same["bytes"] == {"images": 19 * 64, "labels": 19 * 14, "extras": 0, "total": 19 * 78}
+
+
+def test_dynamic_labels_are_asked_of_the_teachers_for_set_and_rival_alone(digits, teachers, monkeypatch):
+    seen = trained_on(monkeypatch)
+    made = composed(digits.fit, teachers, "dynamic", nbytes=1500, stored=250)
+    run = judged(made, digits, recipe=KD, teachers=teachers, rows=(SAME, "full"), seeds=1)
+    x = digits.fit.model_input(slice(0, 7))
+    for (_, asked), row in zip(seen, ["distilled", SAME, "full"] * 2, strict=True):
+        assert (asked is None) == (row == "full")
+        if asked is not None:
+            torch.testing.assert_close(asked(x), mean_of(teachers, x))
+    same = run.table["rows"][1]
+    assert same["count"] == (1500 - 500) // 65 == 15
+    assert same["bytes"] == {"images": 15 * 64, "labels": 15, "extras": 500, "total": 15 * 65 + 500}
+    assert seen[1][0].y_kind == "class"
+
+
+def test_two_workers_give_the_bits_of_one_with_teachers_too(digits, teachers):
+    made = [composed(digits.fit, teachers, "dynamic", stored=100) for _ in range(2)]
+    one, two = (
+        judged(each, digits, recipe=KD, teachers=teachers, rows=(SAME,), workers=workers, seeds=2).table
+        for workers, each in enumerate(made, 1)
+    )
+    assert timeless(one)["rows"] == timeless(two)["rows"]
+
+
+def test_judging_leaves_the_teachers_alone(digits, teachers):
+    before = [{name: tensor.clone() for name, tensor in net.state_dict().items()} for net in teachers]
+    judged(
+        composed(digits.fit, teachers, "dynamic"), digits, recipe=KD, teachers=teachers, rows=(SAME,), seeds=1
+    )
+    for net, old in zip(teachers, before, strict=True):
+        assert all(torch.equal(tensor, old[name]) for name, tensor in net.state_dict().items())
+        assert not net.training and all(p.grad is None for p in net.parameters())
+
+
+def test_without_teachers_the_usual_rows_have_hard_labels_only(digits, teachers):
+    static = composed(digits.fit, teachers, "static")
+    names = [row["name"] for row in judged(static, digits, recipe=KD, seeds=1, rows=None).table["rows"]]
+    assert names == list(NAMES)
+    hard = judged(packed(digits.fit), digits, teachers=teachers, seeds=1, rows=None).table["rows"]
+    assert [row["name"] for row in hard] == list(NAMES)
+
+
+def test_labels_that_need_teachers_are_refused_without_them(digits, teachers):
+    static, dynamic = (composed(digits.fit, teachers, mode) for mode in ("static", "dynamic"))
+    with pytest.raises(UsageError, match="a set with dynamic labels needs teachers.*\n.*experts=DIR"):
+        judged(dynamic, digits)
+    with pytest.raises(UsageError, match=f"row '{SAME}' needs teachers"):
+        judged(static, digits, rows=(SAME,))
+    with pytest.raises(UsageError, match="hard labels.*\n.*random_bytes"):
+        judged(packed(digits.fit), digits, teachers=teachers, rows=(SAME,))
+
+
+def test_teachers_in_train_mode_or_of_other_classes_are_refused(digits, teachers):
+    static = composed(digits.fit, teachers, "static")
+    shape = digits.spec.shape
+    with pytest.raises(UsageError, match="teacher 1 is in train mode"):
+        judged(static, digits, teachers=[teachers[0], build(MLP, shape, 10, Rng(0).torch("w"))])
+    with pytest.raises(UsageError, match="teacher 0 has 7 classes"):
+        judged(static, digits, teachers=[build(MLP, shape, 7, Rng(0).torch("w")).eval()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "mode"),
+    [
+        ("class", None, "hard"), ("logit", None, "static"), ("prob", None, "static"),
+        ("class", "hard", "hard"),
+        ("logit", "static", "static"), ("class", "dynamic", "dynamic"), ("logit", "dynamic", "dynamic"),
+    ],
+)  # fmt: skip
+def test_the_label_mode_is_what_the_manifest_says_or_the_kind_of_its_labels(kind, said, mode):
+    assert label_mode({"y_kind": kind, "recipe": {} if said is None else {"labels": said}}) == mode
+
+
+@pytest.mark.parametrize(("kind", "said"), [("class", "static"), ("logit", "hard"), ("class", "soft")])
+def test_a_label_mode_that_the_labels_belie_is_refused(kind, said):
+    with pytest.raises(ArtefactError, match=f"recipe.labels={said}"):
+        label_mode({"y_kind": kind, "recipe": {"labels": said}})

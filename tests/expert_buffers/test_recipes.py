@@ -180,3 +180,53 @@ def test_plain_values_leave_the_nominal_length_out_and_spell_the_augmentation():
 def test_a_value_out_of_range_is_refused_by_name(key, value):
     with pytest.raises(UsageError, match="swirl" if key == "augment" else rf"^recipe\.{key}"):
         ExpertRecipe(**{key: value})
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 10])
+def test_a_cosine_rate_is_torchs_annealing_by_epoch_to_zero(epochs):
+    recipe = replace(RECIPES["squeeze"], epochs=epochs)
+    leaf = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.SGD([leaf], recipe.lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
+    for epoch in range(epochs):
+        assert rate(recipe, epoch) == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-9)
+        optimiser.step()
+        scheduler.step()
+    assert (rate(recipe, 0), rate(recipe, epochs), rate(recipe, 3 * epochs)) == (0.1, 0.0, 0.0)
+
+
+def test_a_rate_that_drops_falls_along_the_same_cosine():
+    recipe = ExpertRecipe(lr=0.4, epochs=3, schedule="cosine", lr_drop=0.5, lr_drop_epoch=1)
+    found = [rate(recipe, epoch) for epoch in range(3)]
+    assert found == pytest.approx([0.4, 0.2 * 0.75, 0.2 * 0.25], rel=1e-12)
+
+
+def test_squeeze_has_the_released_values_and_few_epochs():
+    squeeze = RECIPES["squeeze"]
+    assert (squeeze.lr, squeeze.momentum, squeeze.weight_decay, squeeze.batch_size) == (0.1, 0.9, 5e-4, 128)
+    assert (squeeze.schedule, squeeze.epochs, squeeze.augment) == ("cosine", 10, "mild")
+    assert (squeeze.rho, squeeze.penalty, squeeze.loss_ramp) == (0.0, 0.0, ())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "augment"),
+    [("digits", "crop"), ("mnist", "crop"), ("svhn", "crop"), ("cifar10", "crop_flip"), ("own", "crop_flip")],
+)
+def test_mild_augmentation_drops_the_flip_on_digits(dataset, augment):
+    resolved = RECIPES["squeeze"].resolved(dataset)
+    assert resolved == replace(RECIPES["squeeze"], augment=augment)
+    assert resolved.resolved("cifar10") == resolved
+
+
+def test_plain_values_have_the_length_where_the_rate_follows_it():
+    resolved = RECIPES["squeeze"].resolved("digits")
+    values = resolved.to_dict()
+    assert (values["epochs"], values["schedule"]) == (10, "cosine")
+    assert replace(resolved, epochs=7).to_dict() == {**values, "epochs": 7}
+    assert json.loads(json.dumps(values)) == values
+    assert not {"epochs", "schedule"} & set(RECIPES["mtt"].to_dict())
+
+
+def test_an_unknown_schedule_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"unknown recipe\.schedule 'linear'.*\n.*'?constant"):
+        ExpertRecipe(schedule="linear")

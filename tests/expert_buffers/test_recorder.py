@@ -9,6 +9,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
+import torch.nn.functional as F
 from global_rng import global_rng_untouched
 
 from ddengine import data
@@ -27,6 +28,8 @@ NET = NetSpec("convnet", width=4, depth=2)
 BATCH = NetSpec("convnet", width=4, depth=2, norm="batch")
 MLP = NetSpec("mlp", width=5)
 AST = replace(RECIPES["ast"], batch_size=53, penalty=0.0, lr_drop_epoch=2)
+SHUFFLE = NetSpec("shufflenet_v2", width=2)
+SQUEEZE = replace(RECIPES["squeeze"], batch_size=53, epochs=3)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,13 @@ def images():
 def straight(images, tmp_path_factory):
     """Three experts of three epochs, recorded in one go."""
     return record(images, NET, tmp_path_factory.mktemp("straight") / "b", count=3, epochs=3, recipe=AST)
+
+
+@pytest.fixture(scope="module")
+def squeezed(images, tmp_path_factory):
+    """Three teachers with batch norm of two architectures, as long as their recipe."""
+    out = tmp_path_factory.mktemp("squeezed") / "b"
+    return record(images, [BATCH, SHUFFLE], out, count=3, recipe=SQUEEZE, encoding="fp32")
 
 
 def same(one, other):
@@ -362,3 +372,78 @@ def test_an_expert_that_diverges_leaves_the_epochs_of_the_others(images, tmp_pat
     with pytest.raises(DDError, match="expert 1: .*diverged.*\nLower recipe.lr"):
         record(images, NET, tmp_path / "b", count=3, epochs=2)
     assert len(ExpertBuffer(tmp_path / "b")) == 1 and ExpertBuffer(tmp_path / "b").verify()
+
+
+def test_a_recipe_whose_rate_falls_to_zero_is_trained_for_its_length(images, squeezed, tmp_path):
+    assert [squeezed.epochs(i) for i in range(3)] == [3, 3, 3]
+    recipe = squeezed.manifest["recipe"]
+    assert recipe == {**SQUEEZE.resolved("digits").to_dict(), "precision": "fp32"}
+    assert (recipe["schedule"], recipe["epochs"], recipe["augment"]) == ("cosine", 3, "crop")
+    assert (squeezed.manifest["plan"]["epochs"], squeezed.manifest["plan"]["full_epochs"]) == (3, 3)
+    given = record(images, BATCH, tmp_path / "b", count=1, epochs=2, full_experts=1, recipe=SQUEEZE)
+    assert (given.epochs(0), given.manifest["recipe"]["epochs"]) == (2, 2)
+    with pytest.raises(UsageError, match="epochs=0"):
+        record(images, BATCH, tmp_path / "c", count=1, epochs=0, recipe=SQUEEZE)
+
+
+def test_squeeze_is_torch_sgd_with_cosine_annealing(images, tmp_path):
+    recipe = replace(SQUEEZE, augment="none")
+    buffer = record(images, BATCH, tmp_path / "b", count=1, recipe=recipe, seed=5, encoding="fp32")
+    rng = Rng(5).fold("expert", 0)
+    net = build(BATCH, (1, 8, 8), 10, rng.torch("weights"))
+    optimiser = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=3)
+    for epoch in range(3):
+        order = torch.randperm(101, generator=rng.fold("epoch", epoch).torch("shuffle"))
+        for index in order.split(53):
+            optimiser.zero_grad()
+            F.cross_entropy(net(images.model_input(index)), images.y[index]).backward()
+            optimiser.step()
+        annealing.step()
+        stored = buffer.build(0, epoch + 1).state_dict()
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_the_length_of_a_falling_rate_is_part_of_the_buffer(images, squeezed, epochs):
+    before = {path.name: path.read_bytes() for path in squeezed.root.iterdir()}
+    options = {"count": 3, "recipe": SQUEEZE, "encoding": "fp32"}
+    with pytest.raises(UsageError, match=f"recipe.epochs is 3 there and {epochs} here") as caught:
+        record(images, [BATCH, SHUFFLE], squeezed.root, epochs=epochs, **options)
+    assert "\n" not in caught.value.cause
+    assert same(record(images, [BATCH, SHUFFLE], squeezed.root, epochs=3, **options), squeezed)
+    assert {path.name: path.read_bytes() for path in squeezed.root.iterdir()} == before
+
+
+def test_more_teachers_extend_a_buffer_of_fixed_length(images, squeezed, tmp_path):
+    options = {"recipe": SQUEEZE, "encoding": "fp32"}
+    record(images, [BATCH, SHUFFLE], tmp_path / "b", count=2, **options)
+    assert same(record(images, [BATCH, SHUFFLE], tmp_path / "b", count=3, **options), squeezed)
+
+
+@pytest.mark.parametrize("epoch", [3, 5])  # the last of the first teacher, a middle one of the second
+def test_interrupted_teachers_go_on_with_the_same_bits(images, squeezed, tmp_path, stop_before, epoch):
+    calls = stop_before({epoch})
+    given = {"count": 3, "recipe": SQUEEZE, "encoding": "fp32"}
+    with pytest.raises(Interrupted, match=f"after {epoch - 1} of 9 epochs"):
+        record(images, [BATCH, SHUFFLE], tmp_path / "b", **given)
+    assert same(record(images, [BATCH, SHUFFLE], tmp_path / "b", **given), squeezed)
+    assert len(calls) == 9 + 1
+    assert names(squeezed) == sorted(path.name for path in (tmp_path / "b").iterdir())
+
+
+def test_running_statistics_of_every_architecture_come_back(images, squeezed):
+    recipe = SQUEEZE.resolved("digits")
+    for i, spec in enumerate((BATCH, SHUFFLE, BATCH)):
+        rng = Rng(0).fold("expert", i)
+        net = build(spec, (1, 8, 8), 10, rng.torch("weights"))
+        state = initial_state(net)
+        for epoch in range(3):
+            state = train_epoch(net, state, images, recipe, epoch, rng)
+        found = squeezed.build(i, 3)
+        assert squeezed.network(i).name == spec.name and squeezed.network(i).norm == "batch"
+        buffers = dict(found.named_buffers())
+        assert buffers.keys() == state.buffers.keys() and buffers
+        assert all(torch.equal(buffers[name], value) for name, value in state.buffers.items())
+        assert all(value.abs().max() > 0 for name, value in buffers.items())

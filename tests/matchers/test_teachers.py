@@ -57,12 +57,12 @@ def test_the_experts_of_the_network_that_were_trained_longest_teach(buffer):
 
 @pytest.mark.parametrize("ipc", [1, 7])
 def test_correct_images_are_right_distinct_and_of_their_class(buffer, source, ipc):
-    picks = teachers.correct(Task(source, Budget(ipc), buffer), NET, Rng(3))
+    picks = teachers.correct(Task(source, Budget(ipc), buffer), NET, ipc, Rng(3))
     assert len(picks) == 10 * ipc == len(set(picks.tolist()))
     assert torch.equal(source.y[picks], torch.arange(10).repeat_interleave(ipc))
     says = all_logits(buffer, [0, 2], source.model_input(picks)).argmax(2)
     assert (says == source.y[picks]).any(0).all()
-    other = teachers.correct(Task(source, Budget(ipc), buffer), NET, Rng(4))
+    other = teachers.correct(Task(source, Budget(ipc), buffer), NET, ipc, Rng(4))
     assert not torch.equal(other, picks)
 
 
@@ -71,28 +71,28 @@ def test_the_next_expert_fills_what_the_first_leaves_short(buffer, source):
     each = [torch.bincount(source.y[row], minlength=10) for row in (right[0], right[1], right.any(0))]
     ipc = int(each[2].min())
     assert ipc > min(int(e.min()) for e in each[:2])  # so that no single expert is enough
-    picks = teachers.correct(Task(source, Budget(ipc), buffer), NET, Rng(3))
+    picks = teachers.correct(Task(source, Budget(ipc), buffer), NET, ipc, Rng(3))
     assert right.any(0)[picks].all() and len(set(picks.tolist())) == 10 * ipc
-    with pytest.raises(UsageError, match=rf"get {ipc} images of class '\d' right, ipc={ipc + 1} are needed"):
-        teachers.correct(Task(source, Budget(ipc + 1), buffer), NET, Rng(3))
+    with pytest.raises(UsageError, match=rf"get {ipc} images of class '\d' right, {ipc + 1} are needed"):
+        teachers.correct(Task(source, Budget(ipc + 1), buffer), NET, ipc + 1, Rng(3))
 
 
 def test_experts_that_know_too_little_are_told_with_a_remedy(untrained, source):
-    with pytest.raises(UsageError, match=r"right, ipc=7 are needed\nGive matcher.start=real, or record"):
-        teachers.correct(Task(source, Budget(7), untrained), NET, Rng(3))
+    with pytest.raises(UsageError, match=r"right, 7 are needed\nGive matcher.start=real, or record"):
+        teachers.correct(Task(source, Budget(7), untrained), NET, 7, Rng(3))
 
 
 @pytest.mark.parametrize("ipc", [1, 7, 10, 25])
 def test_representatives_are_as_many_as_asked_distinct_and_of_their_class(buffer, source, ipc):
     task = Task(source, Budget(ipc), buffer)
-    picks = teachers.representative(task, NET, Rng(3))
+    picks = teachers.representative(task, NET, ipc, Rng(3))
     assert len(picks) == 10 * ipc == len(set(picks.tolist()))
     assert torch.equal(source.y[picks], torch.arange(10).repeat_interleave(ipc))
-    assert torch.equal(teachers.representative(task, NET, Rng(3)), picks)
+    assert torch.equal(teachers.representative(task, NET, ipc, Rng(3)), picks)
 
 
 def test_one_representative_is_nearest_the_mean_logits_of_its_class(buffer, source):
-    picks = teachers.representative(Task(source, Budget(1), buffer), NET, Rng(3))
+    picks = teachers.representative(Task(source, Budget(1), buffer), NET, 1, Rng(3))
     logits = all_logits(buffer, [0, 2], source.model_input()).double()
     nearest = []
     for expert in logits:
@@ -104,9 +104,9 @@ def test_one_representative_is_nearest_the_mean_logits_of_its_class(buffer, sour
 def test_a_start_from_experts_is_their_images(buffer, source):
     task = Task(source, Budget(2), buffer)
     for name, pick in (("correct", teachers.correct), ("representative", teachers.representative)):
-        found = teachers.start(task, NET, name, Rng(3))
-        assert torch.equal(found, source.model_input(pick(task, NET, Rng(3))))
-    assert teachers.start(task, NET, "real", Rng(3)).shape == (20, 1, 8, 8)
+        found = teachers.start(task, NET, name, 2, Rng(3))
+        assert torch.equal(found, source.model_input(pick(task, NET, 2, Rng(3))))
+    assert teachers.start(task, NET, "real", 2, Rng(3)).shape == (20, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_class_that_no_expert_knows_has_the_mean_over_all_of_them(untrained, s
 
 
 def test_there_is_no_warning_where_every_image_is_known(buffer, source):
-    picks = teachers.correct(Task(source, Budget(2), buffer), NET, Rng(3))
+    picks = teachers.correct(Task(source, Budget(2), buffer), NET, 2, Rng(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = teachers.soft_labels(buffer, NET, source.model_input(picks), source.y[picks])

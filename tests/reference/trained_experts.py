@@ -31,7 +31,8 @@ def trained(source, network, epochs, seed=0, lr=0.05, momentum=0.9, batch=16):
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def write(root, source, network, count=2, epochs=4, **options):
-    """A buffer of `count` experts of one network on `source`."""
-    walks = [trained(source, network, epochs, seed, **options) for seed in range(count)]
-    return toy_experts.write(root, walks, (network,), spec=source.spec)
+def write(root, source, *networks, count=2, epochs=4, **options):
+    """A buffer of `count` experts of each network on `source`, dealt round robin."""
+    dealt = [networks[seed % len(networks)] for seed in range(count * len(networks))]
+    walks = [trained(source, network, epochs, seed, **options) for seed, network in enumerate(dealt)]
+    return toy_experts.write(root, walks, networks, spec=source.spec)

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from ddengine.ops.dag import trees_of
 from ddengine.types import DataSpec, Images
-from synth import DistilledSet, Forest, GraphSubset, Pixels
+from synth import Compensated, DistilledSet, Forest, GraphSubset, Pixels
 
 SHAPE, CLASSES = (3, 7, 5), ("ant", "bee", "cat", "dog", "elk")
 COUNT = 11
@@ -76,8 +76,41 @@ def saved_graphs(request, pristine_graphs, tmp_path):
     return shutil.copytree(pristine_graphs[request.param], tmp_path / "distilled")
 
 
-@pytest.fixture(params=["pixels", "forest", "graphs"])
-def any_saved(request, pristine, tmp_path):
+@pytest.fixture(scope="session")
+def composed(spec) -> dict[str, Compensated]:
+    """Compensated sets of every optional part: real bases in few bits, free bases in floats."""
+    g = torch.Generator().manual_seed(11)
+    real = torch.randint(0, 256, (COUNT, *SHAPE), generator=g, dtype=torch.uint8)
+    parts = {
+        "classes": torch.randint(0, len(CLASSES), (COUNT,), generator=g),
+        "compensators": 0.3 * torch.randn((3, 2, *SHAPE), generator=g),
+        "group": torch.arange(COUNT) % 3,
+        "labels": 3 * torch.randn((3 * COUNT, len(CLASSES)), generator=g),
+        "teachers": ((torch.randn(17, generator=g), torch.rand(6, generator=g)),) * 2,
+        "student_lr": 0.0123,
+    }
+    free = torch.randn((COUNT, *SHAPE), generator=g)
+    few = Compensated(bases=real, spec=spec, label_codec="int4", **parts)
+    return {"int8": few, "fp16": replace(few, bases=free, codec="fp16", label_codec="fp16")}
+
+
+@pytest.fixture(scope="session")
+def pristine_composed(composed, tmp_path_factory):
+    """The folders of these sets, saved, to copy from."""
+    folder, notes = tmp_path_factory.mktemp("pristine"), {"recipe": {"lr": 0.01}, "provenance": {"seed": 5}}
+    return {codec: DistilledSet.make(s, **notes).save(folder / codec) for codec, s in composed.items()}
+
+
+@pytest.fixture(params=["int8", "fp16"])
+def saved_composed(request, pristine_composed, tmp_path):
+    """A saved compensated set that a test may damage; its folder."""
+    return shutil.copytree(pristine_composed[request.param], tmp_path / "distilled")
+
+
+@pytest.fixture(params=["pixels", "compensated", "forest", "graphs"])
+def any_saved(request, pristine, pristine_composed, tmp_path):
     """A saved set of images or graphs that a test may damage; its folder."""
-    graphs = request.param != "pixels" and request.getfixturevalue("pristine_graphs")
-    return shutil.copytree(graphs[request.param] if graphs else pristine, tmp_path / "distilled")
+    folders = {"pixels": pristine, "compensated": pristine_composed["int8"]}
+    if request.param not in folders:
+        folders = request.getfixturevalue("pristine_graphs")
+    return shutil.copytree(folders[request.param], tmp_path / "distilled")

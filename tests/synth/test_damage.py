@@ -464,3 +464,148 @@ def test_a_forest_of_no_items_is_refused(pristine_graphs, tmp_path):
     tensors = {n: t for n, t in DistilledSet.load(folder).tensors.items() if n not in left_out}
     forge(folder, {**tensors, "labels": tensors["labels"][0, 0].clone()})
     assert "there is no item" in refuse(folder, "data.safetensors").cause
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_flipped_and_cut_compensated_sets_are_refused(saved_composed, name):
+    refuse_flips(saved_composed, name, 30)
+    refuse_lengths(saved_composed, name, 15)
+
+
+HOSTILE_COMPOSITES = [
+    *({"kind": v} for v in ("pixels", "subset", "forest", "composed", "", None)),
+    *({"y_kind": v} for v in ("class", "prob", "x", None)),
+    *({"count": v} for v in (0, 11, 32, 34, -1, None)),
+    *({"dataset__shape": v} for v in ([3, 5, 7], [1, 7, 5], [3, 7, 6])),
+    *({"dataset__classes": v} for v in (["a"], list("abc"), list("abcdefg"))),
+    *({f"budget__{part}": v} for part in ("images", "labels", "extras", "total") for v in (-1, 1, 10**9)),
+    *({"tensors__compensators__dtype": v} for v in ("uint8", "float64", "int16", None)),
+    {"budget__trees": 0},
+    {"tensors__group__shape": [12]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", HOSTILE_COMPOSITES, ids=lambda c: ascii(c)[:60])
+def test_hostile_manifests_of_compensated_sets_are_refused(saved_composed, changes):
+    forge(saved_composed, **changes)
+    refuse(saved_composed)
+
+
+def without(t, *names):
+    return {n: v for n, v in t.items() if n not in names}
+
+
+COMPOSITES = {
+    "group lies outside": lambda t: with_value(t, "group", 4, 3),
+    "group is torch.float32": lambda t: {**t, "group": t["group"].float()},
+    "group is torch.uint8 [10]": lambda t: {**t, "group": t["group"][:10]},
+    "'group' is missing": lambda t: without(t, "group"),
+    "'compensators' is missing": lambda t: without(t, "compensators"),
+    "[3, 2, 3, 5, 7]": lambda t: {**t, "compensators": t["compensators"].transpose(3, 4)},
+    "[6, 3, 7, 5]": lambda t: {**t, "compensators": t["compensators"].flatten(0, 1)},
+    "group lies outside 0..1": lambda t: {**t, "compensators": t["compensators"][:2]},
+    "labels are": lambda t: {**t, "labels": t["labels"][:-1]},
+    "labels lie outside 0..4": lambda t: with_value(t, "labels.classes", 3, 5),
+    "'labels.classes' is missing": lambda t: without(t, "labels.classes"),
+    "labels are torch.float32 [11]": lambda t: {**t, "labels.classes": t["labels.classes"].float()},
+    "images are": lambda t: {**t, "images": t["images"].transpose(2, 3)},
+    "'images' is missing": lambda t: without(t, "images"),
+    "'teachers.0.params' is missing": lambda t: without(t, "teachers.0.params"),
+    "'teachers.2.statistics' does not belong": lambda t: {**t, "teachers.2.statistics": torch.ones(3)},
+    "'teachers.01.params' does not belong": lambda t: {**t, "teachers.01.params": torch.ones(3)},
+    "teachers.1.params is not": lambda t: {**t, "teachers.1.params": t["teachers.1.params"].float()},
+    "teachers.1.statistics is not": lambda t: with_value(t, "teachers.1.statistics", 2, float("inf")),
+    "teachers.0.statistics is not": lambda t: {**t, "teachers.0.statistics": torch.ones((2, 3))},
+    "student_lr is not": lambda t: {**t, "student_lr": torch.tensor(-1.0)},
+    "whitening tensors": lambda t: {**t, "zca.mean": torch.zeros(105)},
+    "'code' does not belong": lambda t: {**t, "code": torch.zeros(3)},
+}
+
+
+@pytest.mark.parametrize("words", COMPOSITES)
+def test_hostile_tensors_of_compensated_sets_are_refused(saved_composed, words):
+    forge(saved_composed, COMPOSITES[words](DistilledSet.load(saved_composed).tensors))
+    assert words in refuse(saved_composed, "data.safetensors").cause
+
+
+CODED = {
+    "compensators.scale is negative": lambda t: with_value(t, "compensators.scale", (1, 1, 2), -1.0),
+    "compensators.scale is negative or not finite": lambda t: with_value(
+        t, "compensators.scale", (1, 1, 2), float("nan")
+    ),
+    "compensators.scale is torch.float32": lambda t: {
+        **t, "compensators.scale": t["compensators.scale"].float(),
+    },
+    "compensators.scale is torch.float16 [3, 2]": lambda t: {
+        **t, "compensators.scale": t["compensators.scale"][:, :, 0],
+    },
+    "'compensators.scale' is missing": lambda t: without(t, "compensators.scale"),
+    "'compensators.scale' does not belong": lambda t: {**t, "compensators": t["compensators"].half()},
+    "'labels.scale' is missing": lambda t: without(t, "labels.scale"),
+    "labels.scale is negative": lambda t: with_value(t, "labels.scale", 7, -0.5),
+    "labels.scale is not": lambda t: with_value(t, "labels.scale", 7, float("inf")),
+    "labels.offset is not": lambda t: {**t, "labels.offset": t["labels.offset"][:-1]},
+    "labels are torch.uint8 [33, 2]": lambda t: {**t, "labels": t["labels"][:, :2]},
+    "'images.offset' is missing": lambda t: {**t, "images.scale": torch.ones((11, 3))},
+    "images.scale is": lambda t: {
+        **t, "images.scale": torch.ones((11, 2)), "images.offset": torch.ones((11, 3)),
+    },
+    "'labels.offset' does not belong to": lambda t: {**t, "labels": t["labels"].int()},
+    "'compensators.scale' does not belong to": lambda t: {**t, "compensators": t["compensators"].float()},
+    "'labels.offset' does not belong": lambda t: {**t, "labels": torch.zeros((33, 5))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", CODED)
+def test_hostile_codes_of_compensated_sets_are_refused(pristine_composed, tmp_path, words):
+    folder = shutil.copytree(pristine_composed["int8"], tmp_path / "distilled")
+    forge(folder, CODED[words](DistilledSet.load(folder).tensors))
+    assert words in refuse(folder, "data.safetensors").cause
+
+
+def test_hostile_floats_of_compensated_sets_are_refused(pristine_composed, tmp_path):
+    folder = shutil.copytree(pristine_composed["fp16"], tmp_path / "distilled")
+    t = DistilledSet.load(folder).tensors
+    bad = {
+        "compensators are not finite": with_value(t, "compensators", (1, 1, 2, 3, 3), float("inf")),
+        "compensators are torch.float32": {**t, "compensators": t["compensators"].float()},
+        "compensators are torch.uint8": {**t, "compensators": t["compensators"].to(torch.uint8)},
+        "labels are torch.int32": {**t, "labels": t["labels"].int()},
+        "labels are not finite": with_value(t, "labels", (1, 1), float("nan")),
+        "images are not finite": with_value(t, "images.scale", (1, 1), -1.0),
+        "'images.scale' is missing": without(t, "images.scale"),
+        "images.offset does not belong": {**t, "images": t["images"].float()},
+    }
+    for words, tensors in bad.items():
+        forge(folder, tensors)
+        assert words in refuse(folder, "data.safetensors").cause
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_tensors_of_compensated_sets_are_refused_or_make_a_set(pristine_composed, tmp_path, data):
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(pristine_composed["fp16"], copy)
+    forge(copy, mutated(data.draw, DistilledSet.load(copy).tensors))
+    try:
+        verify(copy)
+    except ArtefactError as error:
+        assert str(copy) in error.cause and "\n" not in error.cause
+    else:
+        assert len(DistilledSet.load(copy).decode()) == 33
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    place=st.sampled_from(["kind", "y_kind", "count", "dataset", "dataset__shape", "budget__extras"]),
+    value=JSON,
+)
+def test_random_values_in_a_sealed_manifest_of_composites_raise_nothing_else(
+    pristine_composed, tmp_path, place, value
+):
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(pristine_composed["int8"], copy)
+    forge(copy, **{place: value})
+    refuse(copy)

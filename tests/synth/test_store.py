@@ -14,10 +14,11 @@ from PIL import Image
 from random_graphs import random_graphs, same_bits
 
 from ddengine import files
+from ddengine.composites import Composites
 from ddengine.errors import ArtefactError, UsageError
 from ddengine.ops.dag import take, trees_of
 from ddengine.types import DataSpec, Whitening
-from synth import DistilledSet, Forest, GraphSubset, Pixels, Subset, verify
+from synth import Compensated, DistilledSet, Forest, GraphSubset, Pixels, Subset, verify
 
 NO_NOTES = {"recipe": {}, "provenance": {}}
 FILES = ["README.md", "data.safetensors", "manifest.json", "preview.png"]
@@ -447,3 +448,90 @@ def test_graphs_per_class_are_named_where_all_classes_have_as_many(graph_forms):
     for labels, ipc in (([0, 1, 2, 0, 1, 2], 2), ([0, 0, 0, 1, 1, 2], None)):
         some = replace(graphs.take(torch.arange(6)), y=torch.tensor(labels))
         assert DistilledSet.make(GraphSubset.of(some), **NO_NOTES).manifest["budget"]["ipc"] == ipc
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(*[st.sampled_from([1, 2, 3, 5])] * 3),
+    b=st.integers(1, 5),
+    g=st.integers(1, 3),
+    m=st.integers(0, 3),
+    real=st.booleans(),
+    soft=st.booleans(),
+    codecs=st.tuples(
+        st.sampled_from(["int8", "fp16"]),
+        st.sampled_from(["fp32", "fp16", "int8", "int4"]),
+        st.sampled_from(["fp32", "fp16", "uint8"]),
+    ),
+    zca=st.booleans(),
+    labels=st.lists(st.text(max_size=9), min_size=1, max_size=5),
+    seed=st.integers(0, 2**31),
+)
+def test_loading_composites_gives_back_every_bit(
+    tmp_path_factory, shape, b, g, m, real, soft, codecs, zca, labels, seed
+):
+    draws, k, c = torch.Generator().manual_seed(seed), len(labels), shape[0]
+    matrices = whitening(c * shape[1] * shape[2]) if zca else None
+    spec = DataSpec("n", shape, tuple(labels), (1 / 3,) * c, (0.1,) * c, "ab", "none", matrices)
+    pixels = torch.randint(0, 256, (b, *shape), generator=draws, dtype=torch.uint8)
+    synth = Compensated(
+        pixels if real else torch.randn((b, *shape), generator=draws),
+        torch.randint(0, k, (b,), generator=draws),
+        torch.randn((g, m, *shape), generator=draws),
+        torch.randint(0, g, (b,), generator=draws),
+        spec,
+        torch.randn((b * (m + 1), k), generator=draws) if soft else None,
+        *codecs,
+    )
+    made = DistilledSet.make(synth, recipe={"a": (1, 2.5)}, provenance={})
+    loaded = DistilledSet.load(made.save(tmp_path_factory.mktemp("set") / "distilled"))
+    before, after, pick = made.decode(), loaded.decode(), torch.tensor([b * m, 0, b - 1])
+    assert torch.equal(before.x, after.x) and torch.equal(before.y, after.y)
+    assert after.y_kind == synth.y_kind and len(after) == loaded.manifest["count"] == b * (m + 1)
+    assert same_bits(loaded.composites().take(pick).x, made.decode(pick).x)
+    assert {n: v for n, v in loaded.manifest.items() if n not in ("files", "seal")} == made.manifest
+    assert loaded.nbytes == synth.nbytes and loaded.kind == "compensated"
+
+
+def test_a_compensated_set_holds_the_bytes_it_reports(saved_composed, composed):
+    loaded = DistilledSet.load(saved_composed)
+    stored = safetensors.torch.load_file(saved_composed / "data.safetensors")
+    synth = composed["int8" if "compensators.scale" in stored else "fp16"]
+    assert loaded.nbytes == synth.nbytes
+    assert loaded.nbytes["total"] == sum(t.numel() * t.element_size() for t in stored.values())
+    assert loaded.manifest["count"] == 33 and loaded.manifest["budget"]["ipc"] == 4  # (11 + 3 * 2) / 5
+    bits = torch.int8 if loaded.synth.codec == "int8" else torch.float16
+    assert stored["compensators"].dtype == bits and stored["compensators"].shape == (3, 2, 3, 7, 5)
+
+
+def test_saving_a_compensated_set_twice_gives_the_same_bytes(saved_composed, tmp_path):
+    DistilledSet.load(saved_composed).save(tmp_path / "again")
+    assert all((saved_composed / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in FILES)
+
+
+def test_verify_says_what_it_checked_of_composites(saved_composed):
+    lines = verify(saved_composed)
+    assert lines[-1] == "33 composites of 11 bases, labels (logit) in range"
+    assert any(line.startswith("teachers.1.statistics: float32 [6]") for line in lines)
+
+
+def test_more_than_256_groups_are_stored_in_two_bytes(spec):
+    b = 257
+    synth = Compensated(
+        torch.zeros((b, *spec.shape), dtype=torch.uint8),
+        torch.arange(b) % 5,
+        torch.arange(b).float()[:, None, None, None, None].expand(b, 1, *spec.shape) / b,
+        torch.arange(b),
+        spec,
+    )
+    made = DistilledSet.make(synth, **NO_NOTES)
+    assert made.tensors["group"].dtype == torch.int16 and torch.equal(made.synth.group, synth.group)
+    assert made.nbytes == synth.nbytes
+
+
+def test_saving_does_not_make_all_composites(composed, tmp_path, monkeypatch):
+    asked = []
+    real = Composites.model_input
+    monkeypatch.setattr(Composites, "model_input", lambda s, i=None: (asked.append(len(i)), real(s, i))[1])
+    DistilledSet.make(composed["int8"], **NO_NOTES).save(tmp_path / "set")
+    assert asked and max(asked) <= len(composed["int8"].bases)

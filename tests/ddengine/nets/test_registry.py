@@ -24,7 +24,9 @@ SMALL = {
     "convnet": NetSpec("convnet", width=5, norm="batch"), "mlp": NetSpec("mlp", width=7),
     "lenet": NetSpec("lenet"), "alexnet": NetSpec("alexnet", width=6, norm="group"),
     "vgg11": NetSpec("vgg11", width=3), "resnet18": NetSpec("resnet18", width=3),
-    "vit": NetSpec("vit", width=10, depth=2),
+    "vit": NetSpec("vit", width=10, depth=2), "mobilenet_v2": NetSpec("mobilenet_v2", width=3),
+    "efficientnet_b0": NetSpec("efficientnet_b0", width=3),
+    "shufflenet_v2": NetSpec("shufflenet_v2", width=2),
 }  # fmt: skip
 SHAPE = (3, 11, 17)
 
@@ -125,6 +127,9 @@ def test_the_order_of_draws_continues_in_one_generator():
         ("vgg11", (3, 32, 32), (64, None, "instance")),
         ("resnet18", (3, 32, 32), (64, None, "batch")),
         ("vit", (3, 32, 32), (128, 6, None)),
+        ("mobilenet_v2", (3, 32, 32), (32, None, "batch")),
+        ("efficientnet_b0", (1, 8, 8), (32, None, "batch")),
+        ("shufflenet_v2", (3, 96, 96), (24, None, "batch")),
     ],
 )
 def test_defaults_are_filled_in_and_stay(name, shape, expected):
@@ -150,7 +155,10 @@ def test_given_options_outrank_defaults():
             NetSpec("resnet18", depth=18),
             r"network.depth=18 means nothing to network 'resnet18'\n.*width, norm",
         ),
-        (NetSpec("convnett"), r"unknown network 'convnett'\nDid you mean 'convnet'\?.*lenet, mlp, resnet18"),
+        (
+            NetSpec("convnett"),
+            r"unknown network 'convnett'\nDid you mean 'convnet'\?.*lenet, mlp, mobilenet_v2",
+        ),
     ],
 )
 def test_unknown_names_and_options_that_mean_nothing_are_refused(spec, message):
@@ -172,11 +180,12 @@ def test_no_classes_and_no_channels_are_refused(classes, channels):
 
 def test_batch_norm_is_known_from_a_spec_and_from_a_network():
     with_it = {name for name in NETWORKS if has_batch_norm(NetSpec(name))}
-    assert with_it == {"resnet18"}
+    assert with_it == {"resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"}
     for name, norm, expected in (
         ("convnet", "batch", True),
         ("vgg11", "layer", False),
         ("resnet18", "instance", False),
+        ("shufflenet_v2", "group", False),
     ):
         spec = NetSpec(name, width=3, norm=norm)
         assert has_batch_norm(spec) == has_batch_norm(build(spec, SHAPE, 5, generator())) == expected
@@ -191,6 +200,9 @@ def test_family_is_the_name_without_its_numbers():
         "vgg11": "vgg",
         "resnet18": "resnet",
         "resnet50": "resnet",
+        "mobilenet_v2": "mobilenet",
+        "efficientnet_b0": "efficientnet",
+        "shufflenet_v2": "shufflenet",
         "": "",
     }
     assert {name: family(name) for name in names} == names
