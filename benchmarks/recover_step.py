@@ -1,4 +1,4 @@
-"""Recovering one compensator: seconds beside a plain version in the same run, and whether both come as far.
+"""Recovering one compensator: CPU seconds beside a plain version in the same run, and whether both come as far.
 
     python benchmarks/recover_step.py [--root FILE] [--classes 100] [--class-batch 32] [--repeat 3]
 
@@ -90,7 +90,7 @@ def session(images: Images, net: nn.Module, o: argparse.Namespace) -> Session:
 
 
 def compare(made: Session, o: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of both, in turn, and their losses on the whole sheet along the way."""
+    """CPU seconds of both, in turn, and their losses on the whole sheet along the way."""
     generator = made.rng.fold("job", 0, 0).torch("views")
     drawn = torch.rand((o.steps, 7), generator=generator).tolist()
     shifts = [tuple(int(v * 5) for v in row[5:]) for row in drawn]
@@ -98,12 +98,12 @@ def compare(made: Session, o: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     marks = [o.steps * i // MARKS for i in range(1, MARKS + 1)]
     for _ in range(o.repeat):
-        began = time.perf_counter()
+        began = time.process_time()
         recover_one(made.teachers[0], images, made.classes, shifts, o.steps)
-        seconds["plain"].append(time.perf_counter() - began)
-        began = time.perf_counter()
+        seconds["plain"].append(time.process_time() - began)
+        began = time.process_time()
         run(made, o.steps)
-        seconds["ours"].append(time.perf_counter() - began)
+        seconds["ours"].append(time.process_time() - began)
     whole = replace(made, options=replace(made.options, batch=None))
     curves = {"ours": [level(whole, run(made, mark)) for mark in marks]}
     curves["plain"] = [level(whole, run(whole, mark)) for mark in marks]

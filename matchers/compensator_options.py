@@ -1,10 +1,11 @@
 """Options of compensators and their family, and how a network is trained on what they make."""
 
+import re
 from dataclasses import dataclass
 
 from ddengine.errors import UsageError, require, require_positive
 from matchers.bn_statistics import WEIGHTINGS
-from synth.labels import LABEL_CODECS
+from synth.labels import LABEL_CODECS, check_topk
 from synth.starts import SELECTIONS
 
 RECOVER = ("compensator", "noise", "none", "images", "crops")
@@ -57,6 +58,7 @@ class CompensatorOptions:
     count_teachers: bool = True
 
     def __post_init__(self) -> None:
+        _refuse_topk(self.label_codec, self.temperature)
         allowed = {
             "recover": RECOVER, "labels": LABELS, "weighting": WEIGHTINGS, "start": SELECTIONS,
             "label_codec": LABEL_CODECS, "codec": CODECS,
@@ -83,3 +85,15 @@ class CompensatorOptions:
                 raise UsageError(
                     f"matcher.{key}={list(numbers)} is empty or repeats", "Give different experts"
                 )
+
+
+def _refuse_topk(codec: str, temperature: float | int) -> None:
+    """Labels of the k largest logits, such as "top5", are no codec of stored sets (UsageError says why)."""
+    found = re.fullmatch(r"top([1-9]\d{0,4})", codec)
+    if found is None:
+        return
+    check_topk(int(found[1]), temperature)
+    raise UsageError(
+        f"matcher.label_codec={codec}: sets store every logit, since they are trained on at any temperature",
+        "Give matcher.label_codec=int4, half a byte a class",
+    )
