@@ -33,7 +33,6 @@ from matchers.compensator_options import KD
 from synth import DistilledSet
 
 TEACHERS = (("convnet", 32), ("resnet18", 8), ("vgg11", 16), ("alexnet", 16))
-RIVALS = ("compensator_normalised", "recovered_images", "crops")
 
 
 def main() -> None:
@@ -46,6 +45,8 @@ def main() -> None:
     for ipc in o.ipc:
         task = Task(dataset.fit, Budget(ipc), buffer, workers=o.workers)
         for name, matcher in algorithms(o, task):
+            if o.sets and name not in o.sets:
+                continue
             result = loop.distill(task, matcher, out=root / f"ipc{ipc}_{name}", notice=print)
             if not judged(root, ipc, name):
                 judge_set(root, ipc, name, result, dataset, o)
@@ -65,9 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recover", type=int, default=100, help="steps of recovery")
     parser.add_argument("--class-batch", type=int, default=100, help="images of a group in a step")
     parser.add_argument("--match", type=int, default=100, help="steps of attention matching")
-    parser.add_argument(
-        "--rivals", type=int, nargs="+", default=[10], help="IPCs with rivals and matching too"
-    )
+    parser.add_argument("--sets", nargs="+", help="only these, by the names in OUT")
     parser.add_argument("--steps", type=int, default=400, help="of every judged network")
     parser.add_argument("--width", type=int, default=16, help="of the judged ConvNet")
     parser.add_argument("--seeds", type=int, default=5)
@@ -103,13 +102,11 @@ def algorithms(o: argparse.Namespace, task: Task) -> Iterator[tuple[str, Any]]:
             "count_teachers": False,
         },
     }.items():
-        if name not in RIVALS or task.ipc in o.rivals:
-            yield name, matchers.make("compensator", student, **{**shared, **options})
-    if task.ipc in o.rivals:
-        matching = {"steps": o.match, "real_per_class": 32, "lr": 2.0, "schedule": "cosine"}
-        yield "attention", matchers.make("attention", student, **matching)
-        form = {"name": "compensated", "compensators": 2, "groups": 1}
-        yield "attention_compensated", matchers.make("attention", student, **matching, synth=form)
+        yield name, matchers.make("compensator", student, **{**shared, **options})
+    matching = {"steps": o.match, "real_per_class": 32, "lr": 2.0, "schedule": "cosine"}
+    yield "attention", matchers.make("attention", student, **matching)
+    form = {"name": "compensated", "compensators": 2, "groups": 1}
+    yield "attention_compensated", matchers.make("attention", student, **matching, synth=form)
 
 
 def judged(root: Path, ipc: int, name: str) -> bool:
@@ -123,7 +120,8 @@ def judge_set(
 ) -> None:
     """Judge one set, the first of a budget beside the rows that depend on data alone."""
     values = {**KD, "steps": o.steps, "temperature": 30.0, "augment": "crop_flip", "lrs": tuple(o.lrs)}
-    full = ("full",) if ipc in o.rivals else ()
+    known = {line["row"] for line in files.read_json_lines(root / "rows.jsonl")}
+    full = () if "full" in known else ("full",)
     beside = {"real_static": ("random", "random_bytes", *full), "dynamic": ("random_same_labels",)}
     distilled = DistilledSet.load(result.folder / "distilled")
     found = judge.evaluate(

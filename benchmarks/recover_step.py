@@ -1,4 +1,4 @@
-"""Recovering one compensator: CPU seconds beside a plain version in the same run, and whether both come as far.
+"""Recovering one compensator: CPU time beside a plain version in the same run, and whether both come as far.
 
     python benchmarks/recover_step.py [--root FILE] [--classes 100] [--class-batch 32] [--repeat 3]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -65,8 +65,10 @@ def observed(net: nn.Module, sizes: Sequence[int]) -> Iterator[list[tuple[_Batch
 
     def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         assert isinstance(module, _BatchNorm)
-        parts = given[0].split(list(sizes))
-        found.append((module, [_moments(part) for part in parts]))
+        parts = given[0].split(list(sizes)) if len(sizes) > 1 else given
+        about = module.running_mean
+        shift = given[0].new_zeros(given[0].shape[1]) if about is None else about
+        found.append((module, [moments(part, shift) for part in parts]))
 
     modules = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     handles = [module.register_forward_pre_hook(look) for module in modules]
@@ -77,10 +79,39 @@ def observed(net: nn.Module, sizes: Sequence[int]) -> Iterator[list[tuple[_Batch
             handle.remove()
 
 
-def _moments(x: Tensor) -> Moments:
-    wide = x if x.dtype == torch.float64 else x.float()
-    var, mean = torch.var_mean(wide, [0, *range(2, wide.ndim)], correction=0)
-    return Moments(mean, var)
+def moments(x: Float[Tensor, "n c *s"], shift: Float[Tensor, " c"]) -> Moments:
+    """Mean and biased variance of each channel, in float32 or wider.
+
+    Sums are taken about `shift`, a guess of the means such as the running ones, in one pass over memory that
+    is laid out channels last: torch.var_mean takes many times as long there (measured:
+    benchmarks/recover_step.py), and so does its gradient.
+    """
+    return Moments(*_Moments.apply(x, shift))
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance, whose gradient is one multiply and add for each value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1]).to(dtype)
+        moved = rows - shift.to(dtype)
+        mean = moved.sum(0) / len(rows)
+        var = (moved.square().sum(0) / len(rows) - mean.square()).clamp(min=0)
+        mean = mean + shift.to(dtype)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        by_mean, by_var = gradients
+        count = x.numel() // x.shape[1]
+        slope = 2 * by_var / count
+        level = by_mean / count - slope * mean
+        slope, level = (v.reshape(-1, *[1] * (x.ndim - 2)) for v in (slope, level))
+        return torch.addcmul(level, x.to(slope.dtype), slope).to(x.dtype), None
 
 
 def running_moments(module: _BatchNorm) -> Moments:

@@ -112,7 +112,7 @@ def advance(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tup
     sizes = [len(part) for part in parts]
     place = free[0].device
     with observed(net, sizes) as found:
-        x = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+        x = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(place.type, torch.bfloat16, enabled=session.precision == "bf16"):
             logits = net(x)
     running = [running_moments(module) for module, _ in found]

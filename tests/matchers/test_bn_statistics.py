@@ -13,6 +13,7 @@ from ddengine.rng import Rng
 from matchers.bn_statistics import (
     Moments,
     bn_statistics_loss,
+    moments,
     observed,
     running_average,
     running_moments,
@@ -129,12 +130,13 @@ def test_parts_of_a_batch_have_the_statistics_that_they_have_alone():
 def test_half_precision_is_reduced_in_float32():
     x = 300 + drawn(14, 64, 3, 8, 8).to(torch.bfloat16)
     layer = nn.BatchNorm2d(3).eval()
+    layer.running_mean.fill_(299.0)
     with observed(layer, [64]) as found:
         layer(x)
     mean, var = found[0][1][0]
     assert mean.dtype == var.dtype == torch.float32
     torch.testing.assert_close(mean, x.float().mean((0, 2, 3)))
-    torch.testing.assert_close(var, x.float().var((0, 2, 3), unbiased=False))
+    torch.testing.assert_close(var, x.float().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():
@@ -204,3 +206,32 @@ def test_a_network_lists_its_batch_norms_in_the_order_in_which_they_fire():
         net(torch.zeros(2, 3, 8, 8))
     _, layers, _ = batch_norm_inputs(net, torch.zeros(2, 3, 8, 8))
     assert [layer for layer, _ in found] == layers and len(layers) == 20
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 6), st.floats(-50, 50), st.integers(0, 99))
+def test_moments_are_torchs_with_torchs_gradient(n, c, side, level, seed):
+    x = (drawn(seed, n, c, side, 3) + level).requires_grad_()
+    shift, weights = level + drawn(seed + 1, c), drawn(seed + 2, 2, c)
+    var, mean = torch.var_mean(x, [0, 2, 3], correction=0)
+    pairs = []
+    for found in (moments(x, shift), Moments(mean, var)):
+        (gradient,) = torch.autograd.grad((weights[0] * found.mean + weights[1] * found.var).sum(), x)
+        pairs.append((found.mean, found.var, gradient))
+    for mine, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_do_not_depend_on_the_memory_layout():
+    x = drawn(40, 4, 5, 6, 7).float()
+    plain, last = (moments(v, torch.zeros(5)) for v in (x, x.contiguous(memory_format=torch.channels_last)))
+    for a, b in zip(plain, last, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_mean_far_from_zero_keeps_its_variance_in_float32():
+    x = (1000 + drawn(41, 64, 3, 8, 8)).float()
+    found = moments(x, x.mean((0, 2, 3)))
+    torch.testing.assert_close(
+        found.var, x.double().var((0, 2, 3), unbiased=False).float(), rtol=1e-4, atol=0
+    )
