@@ -1,6 +1,6 @@
 """Recovering one compensator: CPU time beside a plain version in the same run, and whether both come as far.
 
-    python benchmarks/recover_step.py [--root FILE] [--classes 100] [--class-batch 32] [--repeat 3]
+    python benchmarks/recover_step.py [--root FILE] [--classes 100] [--class-batch 33] [--repeat 3]
 
 The plain version is written from the formulas the way released scripts do it: all classes of a sheet in every
 step, float32, each batch norm's input copied and permuted, one sheet and one teacher after the other. Ours
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--root", help="npz with x_train, y_train, x_test, y_test")
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--class-batch", type=int, default=32)
+    parser.add_argument("--class-batch", type=int, default=33)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=3, help="of the teachers")
     parser.add_argument("--repeat", type=int, default=3)

@@ -170,7 +170,7 @@ def _bench(
     labels, teachers, device = settings["labels"], settings["teachers"], settings["device"]
     rng = Rng(seed).fold("judge", "pick")
     picks = dict(draw(distilled, fit, rows, labels, len(images), seeds, rng))
-    soft = label_picks(fit, picks, teachers, device) if labels == "static" else {}
+    soft = label_picks(fit, picks, teachers, device, distilled) if labels == "static" else {}
     return Bench(images, fit, validation, test, picks, seed=seed, soft=soft, **settings)
 
 

@@ -81,10 +81,7 @@ def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True)
     try:
         yield lambda jobs: _collect(_submitted(pool, jobs), ordered)
     except BrokenProcessPool as error:
-        raise DDError(
-            f"one of {workers} worker processes died while it worked (killed, out of memory, or not started)",
-            "Repeat with workers=1; a script of your own needs `if __name__ == '__main__':` around its calls",
-        ) from error
+        raise _died(workers) from error
     except BaseException:
         for child in set(active_children()).difference(others):
             child.kill()
@@ -93,12 +90,27 @@ def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _died(workers: int) -> DDError:
+    return DDError(
+        f"one of {workers} worker processes died while it worked (killed, out of memory, or not started)",
+        "Repeat with workers=1; a script of your own needs `if __name__ == '__main__':` around its calls",
+    )
+
+
 class Pool:
     """A `job_pool` that stays open from its making to `close`, for work that comes in many small rounds."""
 
     def __init__(self, work: Work, shared: Any, workers: int = 1) -> None:
+        self._workers = workers
         self._context = job_pool(work, shared, workers)
-        self.map: MapJobs = self._context.__enter__()
+        self._map: MapJobs = self._context.__enter__()
+
+    def map(self, jobs: Sequence[Any]) -> Iterator[Any]:
+        """The results of `jobs`, in order (DDError where a process dies)."""
+        try:
+            yield from self._map(jobs)
+        except BrokenProcessPool as error:
+            raise _died(self._workers) from error
 
     def close(self) -> None:
         """End the processes."""

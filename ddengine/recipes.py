@@ -27,7 +27,7 @@ from ddengine.config import (
     RecipeConfig,
 )
 from ddengine.data import Dataset, GraphDataset
-from ddengine.errors import UsageError, require, require_positive, unknown
+from ddengine.errors import ArtefactError, UsageError, require, require_positive, unknown
 from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets.core import NetSpec
@@ -39,6 +39,7 @@ from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
+from matchers.compensator import class_order
 from matchers.tree_evidence import graph_labels
 from synth import DistilledSet
 
@@ -138,7 +139,7 @@ def evaluate(
         dataset = data.load(**{**own, **load})
     _check_same(distilled, dataset, watch)
     specs = _networks(networks, NetSpec(**named(distilled, "network")))
-    teachers = distilled.teachers() if experts is None else _teachers(experts, distilled)
+    teachers = _teachers(experts, distilled, watch)
     where = _device(device)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
     if folder is not None:
@@ -164,11 +165,35 @@ def evaluate(
     return table
 
 
-def _teachers(experts: str | Path | ExpertBuffer, distilled: DistilledSet) -> list[nn.Module]:
-    """The experts of a buffer as they ended, in its order and in eval mode; they take the set's input."""
+def _teachers(
+    experts: str | Path | ExpertBuffer | None, distilled: DistilledSet, watch: Watch
+) -> list[nn.Module]:
+    """Who labels for the row of same labels: the teachers in the set, else those experts that labelled it.
+
+    Experts are taken as they ended, in eval mode; UsageError for a buffer that did not label the set.
+    """
+    own, said = distilled.teachers(), distilled.manifest["recipe"].get("labelled_by")
+    if experts is None:
+        if not own and isinstance(said, dict):
+            watch.notice(
+                "note: experts=DIR, the buffer that labelled this set, adds the row random_same_labels"
+            )
+        return own
+    if own:
+        raise UsageError("the set brings its own teachers, experts were given too", "Leave experts out")
     buffer = experts if isinstance(experts, ExpertBuffer) else ExpertBuffer(Path(experts).expanduser())
     buffer.check(distilled.spec)
-    return [buffer.build(i, buffer.epochs(i)).eval() for i in range(len(buffer))]
+    numbers: list[int] = list(range(len(buffer)))
+    if isinstance(said, dict):
+        if said.get("digest") != buffer.digest:
+            raise UsageError(
+                f"the experts of {buffer.root} are not those that labelled the set",
+                "Give the buffer that it was made with, as it was then, or leave experts out",
+            )
+        numbers = [i for i in numbers if i in (said.get("experts") or numbers)]
+    elif distilled.manifest["y_kind"] == "class":
+        raise UsageError("experts were given, and the set has hard labels", "Leave experts out")
+    return [buffer.build(i, buffer.epochs(i)).eval() for i in numbers]
 
 
 def evaluate_graphs(
@@ -398,6 +423,8 @@ def _check_same(distilled: DistilledSet, dataset: Dataset | GraphDataset, watch:
             f"'{first[0]}' there is '{first[1]}' here",
             "Evaluate with the dataset that the set was made from",
         )
+    if distilled.manifest["recipe"].get("class_order", class_order(mine)) != class_order(mine):
+        raise ArtefactError("the set's recipe.class_order is not that of its classes", "Make the set again")
     if distilled.spec.fingerprint != dataset.spec.fingerprint:
         if isinstance(dataset, GraphDataset) and distilled.spec.name == dataset.spec.name:
             raise UsageError(

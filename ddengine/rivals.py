@@ -10,6 +10,7 @@ from ddengine.bench import DRAWN_ANEW, SAME_LABELS, Key, soft_labels
 from ddengine.errors import ArtefactError
 from ddengine.rng import Rng
 from ddengine.types import Images, label_bytes
+from synth.labels import decode_labels, encode_labels, label_codec, label_row_bytes
 from synth.starts import SELECTIONS, random_total
 
 ROWS = ("random", "random_bytes", "herding", "kmeans", "full")
@@ -66,14 +67,18 @@ def count_for_bytes(nbytes: int, fit: Images, label: int | None = None) -> int:
 def label_cost(row: str, labels: str, distilled: Judged, classes: int) -> tuple[int, int]:
     """Bytes of one label of a row beside a set with such `labels`, and of the teachers that it must store.
 
-    A stored row of logits has a byte for each class, and a scale and an offset in half precision.
+    Logits are stored as the set stores its own.
     """
     if row != SAME_LABELS or labels == "hard":
         return label_bytes(classes), 0
     if labels == "static":
-        return classes + 4, 0
+        return label_row_bytes(classes, _codec(distilled, classes)), 0
     stored = [tensor for name, tensor in distilled.tensors.items() if name.startswith("teachers.")]
     return label_bytes(classes), sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+
+def _codec(distilled: Judged, classes: int) -> str:
+    return label_codec(distilled.tensors, classes)
 
 
 def real_bytes(fit: Images, count: int, label: int, teachers: int = 0) -> dict[str, int]:
@@ -105,14 +110,19 @@ def draw(
 
 
 def label_picks(
-    fit: Images, picks: Mapping[Key, Tensor], teachers: Sequence[nn.Module], device: str
+    fit: Images, picks: Mapping[Key, Tensor], teachers: Sequence[nn.Module], device: str, distilled: Judged
 ) -> dict[Key, Tensor]:
-    """The teachers' mean logits of the picks that are labelled as the set is, each image asked about once."""
+    """The teachers' mean logits of the picks that are labelled as the set is, as its own are stored.
+
+    Each image is asked about once.
+    """
     mine = {key: pick for key, pick in picks.items() if key[0] == SAME_LABELS}
     if not mine:
         return {}
     asked = torch.cat(list(mine.values())).unique()
-    logits = soft_labels(teachers, fit.take(asked), device)
+    classes = len(fit.spec.classes)
+    stored = encode_labels(soft_labels(teachers, fit.take(asked), device), _codec(distilled, classes))
+    logits = decode_labels(stored, classes)
     return {key: logits[torch.searchsorted(asked, pick)] for key, pick in mine.items()}
 
 

@@ -30,6 +30,7 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p, lr, r: torch.optim.AdamW(p, lr, weight_decay=r.weight_decay),
 }
 LOSSES = ("ce", "kl")
+RATE_MAX = 1e6
 AUGMENT_MODES = {
     "batch": "one operator per batch, numbers per image",
     "item": "every operator in turn, numbers per image and epoch",
@@ -76,6 +77,8 @@ class Recipe:
             raise UsageError(f"recipe.lrs={list(self.lrs)} is empty or repeats", "Give different rates")
         for lr in self.lrs:
             require_positive("recipe.lrs", lr)
+            if lr > RATE_MAX:
+                raise UsageError(f"recipe.lrs={list(self.lrs)} is out of range", f"Give at most {RATE_MAX:g}")
         for key in ("temperature", "mix_alpha"):
             require_positive(f"recipe.{key}", getattr(self, key))
         require_positive("recipe.weight_decay", self.weight_decay, zero=True)
@@ -107,7 +110,7 @@ def recipe_of(manifest: Mapping[str, Any], dataset: str) -> Recipe:
 
     Raises ArtefactError naming a field that is unknown, of another type or out of range.
     """
-    given = (manifest.get("recipe") or {}).get("train") or {}
+    given = (manifest.get("recipe") or {}).get("train", {})
     if not isinstance(given, Mapping):
         raise _refused(f"recipe.train={given}")
     known = {field.name: field.default for field in fields(Recipe)}
@@ -115,11 +118,12 @@ def recipe_of(manifest: Mapping[str, Any], dataset: str) -> Recipe:
         if key not in known or not _is_like(value, known[key]):
             raise _refused(f"recipe.train.{key}={value}")
     values: dict[str, Any] = {"augment": dsa.strategy_for(dataset)}
-    values |= {key: _as(value, known[key]) for key, value in given.items()}
     try:
+        values |= {key: _as(value, known[key]) for key, value in given.items()}
         return Recipe(**values)
-    except UsageError as error:
-        raise _refused(f"in recipe.train: {error.cause}") from error
+    except (UsageError, OverflowError) as error:
+        said = error.cause if isinstance(error, UsageError) else error
+        raise _refused(f"in recipe.train: {said}") from error
 
 
 def _refused(what: str) -> ArtefactError:
@@ -171,17 +175,17 @@ def train(
         raise UsageError("there is no image to train on", "Give a set with at least one image")
     place, shape = torch.device(device), images.spec.shape
     net = build(spec, shape, len(images.spec.classes), rng.torch("weights"))
-    net = net.to(device=place, memory_format=layout(place)).train()  # type: ignore[call-overload]
+    net = net.to(device=place, memory_format=layout(place, net)).train()  # type: ignore[call-overload]
     stream = _Stream.of(resident(images, place), recipe, rng)
     optimiser = OPTIMISERS[recipe.optimiser](net.parameters(), lr, recipe)
     average = {name: tensor.clone() for name, tensor in net.state_dict().items()} if recipe.ema else {}
     for step in range(recipe.steps):
         optimiser.param_groups[0]["lr"] = lr * SCHEDULES[recipe.schedule](step / recipe.steps)
         x, labels = stream.batch(step)
-        x = x.contiguous(memory_format=layout(place))
+        x = x.contiguous(memory_format=layout(place, net))
         with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = net(x)
-            labels = labels if labeler is None else _asked(labeler, x)
+        labels = labels if labeler is None else _asked(labeler, x)
         optimiser.zero_grad()
         _loss(logits.float(), labels, recipe, stream.soft or labeler is not None).backward()
         optimiser.step()
@@ -267,7 +271,7 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
     with torch.no_grad():
         for start in range(0, len(data), batch):
             part = slice(start, start + batch)
-            x = data.model_input(part).contiguous(memory_format=layout(device))
+            x = data.model_input(part).contiguous(memory_format=layout(device, net))
             right += (net(x).argmax(1) == classes[part]).sum()
     net.train(training)
     return right.item() / len(data)

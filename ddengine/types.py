@@ -282,7 +282,8 @@ class Workspace:
 class Accepts:
     """What a matcher can work on: `source` is "images", "graphs" or "any".
 
-    `budget` says whether it must be told how much a set may hold.
+    `budget` says whether it must be told how much a set may hold, `plans` that it makes of a budget in bytes
+    what fits, whatever number of plain images that would be.
     """
 
     source: str = "images"
@@ -290,6 +291,7 @@ class Accepts:
     batch_norm: bool = False
     bf16: bool = True
     budget: bool = True
+    plans: bool = False
 
 
 S = TypeVar("S")

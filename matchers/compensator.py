@@ -27,7 +27,7 @@ from ddengine.errors import UsageError
 from ddengine.nets import has_batch_norm
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import DIGITS
-from ddengine.parallel import Pool
+from ddengine.parallel import Pool, one_thread
 from ddengine.rng import Rng
 from ddengine.types import Accepts, DataSpec, Metrics, SynthSet, Task, Workspace, no_budget
 from expert_buffers.store import ExpertBuffer
@@ -39,14 +39,18 @@ from matchers.recovery import (
     RecoverOptions,
     Session,
     advance,
+    advance_sent,
     begin,
     channels_of,
+    received,
+    send,
 )
 from matchers.sheets import Sheets, confident_sheets, real_sheets
 from matchers.teachers import logits_of, teacher
 from synth.budget import SheetPlan, nominal_bytes, plan
 from synth.compensated import Compensated
 from synth.labels import label_row_bytes
+from synth.teachers import flat_teacher
 
 __all__ = ["CompensatorMatching", "CompensatorOptions", "bn_statistics_loss", "mean_logits"]
 
@@ -68,7 +72,7 @@ class CompensatorMatching:
     options: CompensatorOptions = CompensatorOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", experts=True, batch_norm=True)
+    accepts: ClassVar[Accepts] = Accepts(source="images", experts=True, batch_norm=True, plans=True)
 
     def steps(self, task: Task) -> int:
         """Descent steps of every job: the option, none where nothing is optimised."""
@@ -80,7 +84,8 @@ class CompensatorMatching:
         sheets = self._sheets(task, made, nets, rng)
         session = self._session(task, sheets, nets, rng)
         workers = task.workers if task.device.type == "cpu" and self.steps(task) else 1
-        extra = {"sheets": sheets, "nets": nets, "session": session, "pool": Pool(advance, session, workers)}
+        pool = Pool(advance_sent if workers > 1 else advance, session, workers)
+        extra = {"sheets": sheets, "nets": nets, "session": session, "pool": pool, "workers": workers}
         work = Workspace(task, task.images, extra, (self._note(task, made, len(nets)),))
         if self.steps(task) * len(session.rows) >= 100:
             work.notes += (self._estimate(task, work, rng, workers),)
@@ -107,8 +112,9 @@ class CompensatorMatching:
         blocks = self._blocks(session, state)
         moved: list[Recovering] = []
         entropies, statistics = [], []
-        for block, (jobs, (entropy, statistic)) in zip(blocks, work.extra["pool"].map(blocks), strict=True):
-            moved.extend(jobs)
+        sent = [send(block) for block in blocks] if work.extra["workers"] > 1 else blocks
+        for block, (jobs, (entropy, statistic)) in zip(blocks, work.extra["pool"].map(sent), strict=True):
+            moved.extend(received(jobs))
             entropies.extend([entropy] * len(block.groups))
             statistics.extend([statistic] * len(block.groups))
         metrics = {"ce": _mean(entropies), "bn": _mean(statistics)}
@@ -137,7 +143,9 @@ class CompensatorMatching:
         o, spec = self.options, task.images.spec
         train = {**KD, "temperature": float(o.temperature)}
         train["augment"] = "crop" if spec.name in DIGITS else "crop_flip"
-        found: dict[str, Any] = {"labels": o.labels, "train": train, "class_order": class_order(spec)}
+        found: dict[str, Any] = {"labels": o.labels, "train": train, "class_order": class_order(spec.classes)}
+        if o.labels != "hard":
+            found["labelled_by"] = {"experts": self._label_numbers(task), "digest": task.experts.digest}
         if o.labels == "dynamic":
             found["teachers"] = [task.experts.network(i).to_dict() for i in self._label_numbers(task)]
         return found
@@ -188,11 +196,16 @@ class CompensatorMatching:
             stored = (_stored(task.experts, number) for number in self._label_numbers(task))
             fixed = sum(2 * params.numel() + 4 * statistics.numel() for params, statistics in stored)
         compensators = len(self._numbers(task, o.teachers)) if shared else 0
+        remedy = (
+            "Give a larger ipc or budget.nbytes, matcher.groups=1, fewer teachers, or matcher.labels=hard"
+        )
+        if fixed:
+            remedy = f"Give matcher.count_teachers=false: the teachers alone have {fixed:,} bytes"
         each = spec.shape[0] * spec.shape[1] * spec.shape[2]
         size = each + 2 * spec.shape[0] if o.codec == "int8" else 2 * each
         return plan(
             nominal_bytes(task.budget, spec), spec, compensators, o.groups if shared else None, row, fixed,
-            compensator_bytes=size, fraction=o.fraction,
+            compensator_bytes=size, fraction=o.fraction, limit=min(task.images.counts), remedy=remedy,
         )  # fmt: skip
 
     def _sheets(self, task: Task, made: SheetPlan, nets: Sequence[nn.Module], rng: Rng) -> Sheets:
@@ -248,8 +261,8 @@ class CompensatorMatching:
             return torch.zeros(groups, 0, *shape)
         u = in_pixels(torch.cat([job.u for job in state.jobs]).cpu(), task.images.spec)
         if o.recover == "noise":
-            deviation = u.square().mean((2, 3), keepdim=True).sqrt()
-            u = deviation * torch.randn(u.shape, generator=rng.torch("noise"))
+            drawn = torch.randn(u.shape, generator=rng.torch("noise"))
+            u = drawn * (_deviation(u) / _deviation(drawn))
         return u.reshape(-1, groups, *shape).transpose(0, 1).contiguous()
 
     def _recovered(self, state: CompensatorState, task: Task, sheets: Sheets) -> Tensor:
@@ -276,7 +289,8 @@ class CompensatorMatching:
         """What recovery will take, from one step of one block."""
         blocks = self._blocks(work.extra["session"], self.init(task, rng))
         began = time.perf_counter()
-        advance(work.extra["session"], blocks[0])
+        with one_thread():
+            advance(work.extra["session"], blocks[0])
         minutes = (
             (time.perf_counter() - began) * len(blocks) * self.steps(task) / 60 / min(workers, len(blocks))
         )
@@ -295,14 +309,19 @@ def mean_logits(
     return torch.cat(found)
 
 
+def _deviation(u: Tensor) -> Tensor:
+    """Root mean square of each channel."""
+    return u.square().mean((2, 3), keepdim=True).sqrt()
+
+
 def in_pixels(u: Float[Tensor, "v c h w"], spec: DataSpec) -> Float[Tensor, "v c h w"]:
     """What is added in model-input space, as what is added to pixels in [0, 1]."""
     return spec.denormalise(u) - spec.denormalise(torch.zeros_like(u))
 
 
-def class_order(spec: DataSpec) -> str:
-    """SHA-256 of the class names in label order: a teacher or a judge with another order is refused."""
-    return hashlib.sha256("\0".join(spec.classes).encode()).hexdigest()
+def class_order(classes: Sequence[str]) -> str:
+    """SHA-256 of the class names in label order: a judge with another order refuses the set."""
+    return hashlib.sha256("\0".join(classes).encode()).hexdigest()
 
 
 def _loaded(task: Task, number: int) -> nn.Module:
@@ -311,10 +330,7 @@ def _loaded(task: Task, number: int) -> nn.Module:
 
 def _stored(buffer: ExpertBuffer, number: int) -> tuple[Tensor, Tensor]:
     """Parameters and batch-norm means and variances of an expert's last checkpoint, flat."""
-    params, statistics = buffer.rows(number, [buffer.epochs(number)])
-    named = buffer.stat_spec(number).unflatten(statistics[0])
-    kept = [value.flatten() for name, value in named.items() if not name.endswith("num_batches_tracked")]
-    return params[0], torch.cat([torch.empty(0), *kept])
+    return flat_teacher(buffer.build(number, buffer.epochs(number)))
 
 
 def _group_sizes(made: SheetPlan, classes: int) -> list[int]:

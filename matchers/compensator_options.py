@@ -65,12 +65,13 @@ class CompensatorOptions:
         }  # fmt: skip
         for key, values in allowed.items():
             require(getattr(self, key), values, f"matcher.{key}")
-        for key in ("steps", "groups", "class_batch", "chunk", "parts"):
+        for key in ("steps", "groups", "class_batch", "chunk", "parts", "jitter"):
             value = getattr(self, key)
-            if value is not None:
+            if value is not None and key != "jitter":
                 require_positive(f"matcher.{key}", value)
-            if not isinstance(value, int | None):
+            if not isinstance(value, int | None) or isinstance(value, bool):
                 raise UsageError(f"matcher.{key}={value} is not a whole number", "Give a whole number")
+        _refuse_needless(self)
         for key in ("lr", "temperature"):
             require_positive(f"matcher.{key}", getattr(self, key))
         for key in ("ce_weight", "r_bn", "first_weight", "jitter"):
@@ -85,6 +86,24 @@ class CompensatorOptions:
                 raise UsageError(
                     f"matcher.{key}={list(numbers)} is empty or repeats", "Give different experts"
                 )
+
+
+def _refuse_needless(o: CompensatorOptions) -> None:
+    """Refuse options that mean nothing beside the others (UsageError)."""
+    shared, still = o.recover in ("compensator", "noise"), o.recover in ("none", "crops")
+    needless = {
+        "groups": o.groups is not None and not shared,
+        "class_batch": o.class_batch is not None and still,
+        "start": o.start != "random" and o.recover == "crops",
+        "parts": o.parts is not None and o.recover != "crops",
+    }
+    for key, found in needless.items():
+        if found:
+            raise UsageError(f"matcher.{key} means nothing with matcher.recover={o.recover}", "Leave it out")
+    if o.label_teachers is not None and o.labels == "hard":
+        raise UsageError("matcher.label_teachers means nothing with matcher.labels=hard", "Leave it out")
+    if not o.count_teachers and o.labels != "dynamic":
+        raise UsageError("matcher.count_teachers=false needs matcher.labels=dynamic", "Leave it out")
 
 
 def _refuse_topk(codec: str, temperature: float | int) -> None:

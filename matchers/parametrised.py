@@ -4,7 +4,7 @@ The gradient of a loss flows through `decode` into all free tensors. A base and 
 a compensator is shared by all classes of a group of sheets.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
@@ -20,6 +20,7 @@ from synth.compensated import Compensated
 from synth.pixels import CODECS
 
 FORMS = ("pixels", "compensated")
+REMEDY = "Give a larger ipc or budget.nbytes, or fewer matcher.synth.compensators"
 START = 0.2  # deviation of compensators at the start, in model input: equal ones would stay equal
 
 
@@ -45,6 +46,10 @@ class FormOptions:
                     f"matcher.synth.{key}={getattr(self, key)} is not a whole number", "Give a whole number"
                 )
 
+        usual = all(getattr(self, f.name) == f.default for f in fields(self))
+        if self.name == "pixels" and not usual:
+            raise UsageError("matcher.synth has options and synth is pixels", "Give synth=compensated")
+
     def factor(self, tensor: str) -> float:
         """The rate of a free tensor over that of pixels."""
         return float(self.rate) if tensor == "compensators" else 1.0
@@ -66,7 +71,10 @@ def sheet_plan(task: Task, o: FormOptions, codec: str, beside: Beside = Beside()
     affine = 8 * spec.shape[0] if codec == "uint8" else 0
     image = prod(spec.shape) * CODECS[codec].itemsize + affine
     nominal = nominal_bytes(task.budget, spec)
-    return plan(nominal, spec, o.compensators, o.groups, beside.labels, beside.fixed, image_bytes=image)
+    return plan(
+        nominal, spec, o.compensators, o.groups, beside.labels, beside.fixed, image,
+        limit=min(task.images.counts), remedy=REMEDY,
+    )  # fmt: skip
 
 
 def per_class(task: Task, o: FormOptions, codec: str, beside: Beside = Beside()) -> int:

@@ -10,8 +10,9 @@ With a part of the images in a step, the statistics are running averages and the
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,8 +124,9 @@ def advance(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tup
         whole = sizes[i] == len(session.rows[block.groups[i]])
         average = block.jobs[i].average
         if not whole:
+            # Half of what is not seen: a longer memory follows the moving images too late and oscillates.
             share = sizes[i] / len(session.rows[block.groups[i]])
-            seen, average = running_average(seen, average, 1 - share, block.step)
+            seen, average = running_average(seen, average, (1 - share) / 2, block.step)
         statistics.append(bn_statistics_loss(seen, running, o.first_weight, o.weighting))
         jobs.append(average)
     total = o.ce_weight * torch.stack(entropies).sum() + o.r_bn * torch.stack(statistics).sum()
@@ -135,6 +137,31 @@ def advance(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tup
         for job, gradient, average in zip(block.jobs, gradients, jobs, strict=True)
     )
     return tuple(moved), (_level(entropies), _level(statistics))
+
+
+def send(block: Block) -> Block:
+    """The block with numpy arrays for tensors: between processes each tensor would take a file of its own."""
+    arrays = tuple(_mapped(job, lambda tensor: tensor.numpy()) for job in block.jobs)
+    return replace(block, jobs=arrays)
+
+
+def received(jobs: tuple[Recovering, ...]) -> tuple[Recovering, ...]:
+    """Jobs with tensors again, whether they came as arrays or not."""
+    return tuple(_mapped(job, torch.as_tensor) for job in jobs)
+
+
+def advance_sent(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tuple[float, float]]:
+    """`advance` in another process: arrays come and go."""
+    jobs, levels = advance(session, replace(block, jobs=received(block.jobs)))
+    return tuple(_mapped(job, lambda tensor: tensor.numpy()) for job in jobs), levels
+
+
+def _mapped(job: Recovering, change: Callable[[Any], Any]) -> Any:
+    """The job with other arrays; without checks, since what is sent holds no tensors."""
+    made = object.__new__(Recovering)
+    for field in fields(Recovering):
+        object.__setattr__(made, field.name, change(getattr(job, field.name)))
+    return made
 
 
 def _pick(session: Session, block: Block, place: int) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,8 @@ def plan(
     image_bytes: int | None = None,
     compensator_bytes: int | None = None,
     fraction: bool = True,
+    limit: int | None = None,
+    remedy: str = "Give a larger ipc or budget.nbytes, or fewer compensators",
 ) -> SheetPlan:
     """The most sheets whose `Compensated` set has at most `nominal` bytes.
 
@@ -52,7 +54,8 @@ def plan(
     upper bound. `labels` are the bytes of one composite's soft label (0 for hard ones, see
     `label_row_bytes`); `fixed` those of what does not grow, such as teachers. An image has c * h * w bytes
     and a compensator c * h * w + 2 * c (int8) where not told. `fraction` spends what is left on a partial
-    sheet. Raises UsageError where not even one sheet fits.
+    sheet; there are at most `limit` sheets. Raises UsageError, which advises `remedy`, where not even one
+    sheet fits.
     """
     require_positive("groups", 1 if groups is None else groups)
     for name, value in (("per_group", per_group), ("labels", labels), ("fixed", fixed)):
@@ -74,15 +77,17 @@ def plan(
 
     sheets = bisect_right(range(1, nominal // (k * image) + 1), nominal, key=total)
     if sheets == 0:
-        raise _too_small(nominal, per_group, k, total(1))
+        raise _too_small(nominal, per_group, k, total(1), remedy)
+    if limit is not None and sheets >= limit:
+        return SheetPlan(limit, 0, counted(limit), total(limit))
     room = (nominal - total(sheets)) // base(sheets) if fraction else 0
     last = min(room, k - 1)
     return SheetPlan(sheets, last, counted(sheets), total(sheets) + last * base(sheets))
 
 
-def _too_small(nominal: int, per_group: int, classes: int, needed: int) -> UsageError:
+def _too_small(nominal: int, per_group: int, classes: int, needed: int, remedy: str) -> UsageError:
     return UsageError(
         f"a budget of {nominal} bytes is too small for one sheet of {classes} classes with {per_group} "
         f"compensators: it needs {needed} bytes",
-        "Give ipc=... or budget.nbytes=... more, matcher.groups=1, fewer teachers, or matcher.labels=hard",
+        remedy,
     )

@@ -77,12 +77,12 @@ def _what_composites(manifest: Mapping[str, Any]) -> str:
     mode = manifest["recipe"].get("labels")
     trained = {
         "hard": "They are trained on with the class of their base.",
-        "static": "They are trained on with the mean logits of several teachers, computed once and stored.",
+        "static": "They are trained on with the mean logits of the teachers, computed once and stored.",
         "dynamic": "They are trained on with what the stored teachers say of each batch.",
     }
     lines = [
         f"{manifest['count']} training images, stored as `compensated` in {budget['total']} bytes: "
-        f"{describe_composites(manifest)}. Its bytes, but for teachers, are within those of "
+        f"{describe_composites(manifest)}. Its bytes, but for teachers, count as those of "
         f"{budget['ipc']} uint8 images a class.",
         "A composite is a base image plus a compensator: an additive image that all classes share, one for "
         "each teacher and group of bases. Each base is trained on as it is and once with each compensator of "

@@ -13,6 +13,7 @@ from ddengine import files
 from ddengine.types import Images
 from synth.compensated import Compensated
 from synth.sheet import (
+    CLASSES_MAX,
     FONT_SIZE,
     GAP,
     INK,
@@ -27,6 +28,7 @@ from synth.sheet import (
     wrap,
 )  # fmt: skip
 
+BASES_OF_CLASS = 10  # as many as a contact sheet of many classes has room for
 GROUPS_SHOWN, BASES_SHOWN, COMPENSATORS_SHOWN = 3, 4, 8
 MARGIN = 4 * GAP
 
@@ -46,12 +48,17 @@ def composite_sheet(synth: Compensated, path: str | Path) -> None:
     Compensators are drawn around mid-grey, which is zero, amplified as their title says. Each table shows a
     row of compensators, and under them some bases and their sums with these.
     """
-    every = torch.arange(len(synth.bases))
-    bases = draw_sheet(_taken(synth, every))
+    bases = draw_sheet(_taken(synth, _shown(synth.classes)))
     tables = [_draw(_table(synth, g)) for g in _groups(synth)]
     buffer = io.BytesIO()
     _stack([bases, *tables]).save(buffer, "PNG")
     files.write_bytes(Path(path), buffer.getvalue())
+
+
+def _shown(classes: Tensor) -> Tensor:
+    """The bases that a contact sheet has room for, so that no others are decoded."""
+    kept = [(classes == c).nonzero().squeeze(1)[:BASES_OF_CLASS] for c in classes.unique()[:CLASSES_MAX]]
+    return torch.cat(kept).sort().values
 
 
 def _groups(synth: Compensated) -> list[int]:

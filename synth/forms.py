@@ -41,12 +41,16 @@ def items_text(tensors: Mapping[str, Tensor], kind: str) -> str:
     return ITEMS[kind].format(bases=len(tensors.get("images", ())))
 
 
-def images_per_class(synth: Form) -> int | None:
+def images_per_class(synth: Form, provenance: Mapping[str, Any]) -> int | None:
     """Items of each class, None where classes have unequal numbers.
 
-    For composites the uint8 images of a class whose bytes hold all that is stored but for teachers.
+    For composites the nominal IPC of the run, else the uint8 images of a class whose bytes hold all that is
+    stored but for teachers.
     """
     if isinstance(synth, Compensated):
+        nominal = (provenance.get("budget") or {}).get("ipc")
+        if type(nominal) is int:
+            return nominal
         stored = synth.nbytes["total"] - synth.teacher_bytes
         return -(-stored // (len(synth.spec.classes) * prod(synth.spec.shape)))
     counts = torch.bincount(synth.decode().classes.cpu(), minlength=len(synth.spec.classes)).tolist()

@@ -67,7 +67,7 @@ class DistilledSet:
             "dataset": dataset,
             "y_kind": synth.y_kind,
             "count": stored_count(tensors, synth.kind),
-            "budget": {**schema.part_bytes(declared, synth.kind), "ipc": images_per_class(synth)},
+            "budget": {**schema.part_bytes(declared, synth.kind), "ipc": images_per_class(synth, provenance)},
             "recipe": _plain("recipe", recipe),
             "provenance": _plain("provenance", provenance),
         }

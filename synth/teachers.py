@@ -13,6 +13,7 @@ from ddengine.rng import Rng
 from ddengine.types import DataSpec
 
 REMEDY = "Make the set again"
+LARGEST = {"width": 2**16, "depth": 2**9}  # of a network that a manifest may name
 
 
 def flat_teacher(net: nn.Module) -> tuple[Float[Tensor, " p"], Float[Tensor, " s"]]:
@@ -53,6 +54,9 @@ def _build(named: Any, params: Tensor, statistics: Tensor, spec: DataSpec) -> nn
 
 def _require_sizes(network: NetSpec, params: Tensor, statistics: Tensor, spec: DataSpec) -> None:
     """Refuse a network that the vectors do not fill, before memory is given to its weights."""
+    for key, most in LARGEST.items():
+        if (getattr(network, key) or 0) > most:
+            raise UsageError(f"network.{key}={getattr(network, key)}", f"Give at most {most}")
     full = resolve(network, spec.shape).to_dict()
     options = {key: value for key, value in full.items() if key != "name" and value is not None}
     with torch.device("meta"):

@@ -5,9 +5,10 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddengine.composites import Composites
+from ddengine.nets import has_batch_norm
 from ddengine.ops import dsa
 from ddengine.ops.counter import uniform
 from ddengine.rng import Rng
@@ -23,9 +24,13 @@ def targets_of(images: Images | Composites) -> Tensor:
     return images.y.float().softmax(1) if images.y_kind == "logit" else images.y.float()
 
 
-def layout(device: torch.device) -> torch.memory_format:
-    """channels_last on a GPU; not on the CPU, where GroupNorm nets take twice the time (measured)."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def layout(device: torch.device, net: nn.Module | None = None) -> torch.memory_format:
+    """channels_last on a GPU, and on the CPU for a `net` with batch norm.
+
+    Measured on the CPU: those are 1.3 to 1.7 times as fast with it, networks with GroupNorm half as fast.
+    """
+    fast = device.type == "cuda" or (net is not None and has_batch_norm(net))
+    return torch.channels_last if fast else torch.contiguous_format
 
 
 def augmented(x: Float[Tensor, "n c h w"], strategy: str, rng: Rng) -> Float[Tensor, "n c h w"]:

@@ -118,6 +118,22 @@ def test_without_teachers_that_row_is_left_out(call, world):
     assert "random_same_labels" not in {row["name"] for row in json.loads(out)["rows"]}
 
 
+def test_teachers_that_did_not_label_the_set_are_refused(call, world):
+    more = [word.replace("count=2", "count=3") for word in RECORD]
+    assert call("buffer", *more, "out=more")[0] == 0
+    code, out, err = call("evaluate", "straight", "experts=more", *JUDGE)
+    assert (code, out) == (2, "") and "are not those that labelled the set" in err
+
+
+def test_a_budget_in_bytes_beyond_the_images_there_are_holds_them_all(call, world):
+    words = [word for word in DISTILL if not word.startswith("ipc")]
+    options = ["budget.nbytes=400000", "matcher.recover=none", "matcher.labels=hard", "out=all"]
+    code, _, err = call("distill", *words, *options)
+    assert code == 0, err
+    counts = torch.bincount(DistilledSet.load(world / "all" / "distilled").synth.classes)
+    assert counts.min() == counts.max() > 100
+
+
 def test_a_set_with_dynamic_labels_brings_its_teachers(call, world):
     options = ["matcher.labels=dynamic", "matcher.count_teachers=false", "matcher.recover=none"]
     assert call("distill", *DISTILL, *options, "out=dynamic")[0] == 0
@@ -139,7 +155,11 @@ def test_a_set_with_dynamic_labels_brings_its_teachers(call, world):
         (["matcher.teachers=[7]"], "no expert 7 in a buffer of 2", "0..1"),
         (["matcher.class_batch=0"], "matcher.class_batch=0", ""),
         (["matcher.groups=two"], "matcher.groups=two", ""),
-        (["matcher.labels=dynamic"], "too small for one sheet", ""),
+        (["matcher.labels=dynamic"], "too small for one sheet", "matcher.count_teachers=false"),
+        (["matcher.recover=none", "matcher.groups=3"], "matcher.groups means nothing", "Leave it out"),
+        (["matcher.parts=2"], "matcher.parts means nothing", "Leave it out"),
+        (["matcher.labels=hard", "matcher.label_teachers=[0]"], "label_teachers means nothing", ""),
+        (["matcher.count_teachers=false"], "needs matcher.labels=dynamic", ""),
         (["synth=compensated"], "means nothing to matcher=compensator", "Leave synth out"),
         (["dataset=digits", "dataset.preprocessing=zca"], "made with standard", "Record a buffer"),
     ],

@@ -291,7 +291,12 @@ def test_a_set_of_everything_comes_back_from_disk(tmp_path):
 
 def test_the_budget_counts_stored_images_not_composites():
     made = DistilledSet.make(compensated(), **NO_NOTES)
-    assert made.manifest["budget"]["ipc"] == -(-(B + G * M) // 5) and made.manifest["count"] == B * (M + 1)
+    synth = made.synth
+    image = synth.bases[0].numel()
+    held = -(-(made.nbytes["total"] - synth.teacher_bytes) // (5 * image))
+    assert made.manifest["budget"]["ipc"] == held and made.manifest["count"] == B * (M + 1)
+    told = DistilledSet.make(compensated(), recipe={}, provenance={"budget": {"ipc": 9, "nbytes": None}})
+    assert told.manifest["budget"]["ipc"] == 9
 
 
 def test_teachers_come_back_with_their_statistics(tmp_path):
