@@ -8,7 +8,7 @@ import torch
 from pool_jobs import naps, scaled, threads, waits
 
 from ddengine.errors import DDError, UsageError
-from ddengine.parallel import job_pool, one_thread, signals
+from ddengine.parallel import Pool, job_pool, one_thread, signals
 
 
 @pytest.fixture
@@ -76,3 +76,13 @@ def test_ctrl_c_ends_the_workers_at_once():
 def test_less_than_one_worker_is_refused():
     with pytest.raises(UsageError, match="workers=0"), job_pool(scaled, 1, workers=0):
         pass
+
+
+def test_a_pool_that_stays_open_gives_round_after_round_and_tells_of_a_death_in_one_line():
+    pool = Pool(scaled, 3, workers=2)
+    try:
+        assert [list(pool.map([1, 2, 5])) for _ in range(2)] == [[3, 6, 15]] * 2
+        with pytest.raises(DDError, match="one of 2 worker processes died .*\nRepeat with workers=1"):
+            list(pool.map([1, -1, 2]))
+    finally:
+        pool.close()
