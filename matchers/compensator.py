@@ -55,6 +55,7 @@ from synth.teachers import flat_teacher
 __all__ = ["CompensatorMatching", "CompensatorOptions", "bn_statistics_loss", "mean_logits"]
 
 RELABELLED = 500  # composites in a forward pass
+WORTH = 100_000  # images through teachers, about two minutes, from which on processes are worth their start
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class CompensatorMatching:
         made, nets = self._plan(task), self._teachers(task)
         sheets = self._sheets(task, made, nets, rng)
         session = self._session(task, sheets, nets, rng)
-        workers = task.workers if task.device.type == "cpu" and self.steps(task) else 1
+        seen = sum(min(len(rows), self.options.class_batch or len(rows)) for rows in session.rows)
+        worth = seen * len(nets) * self.steps(task) >= WORTH and task.device.type == "cpu"
+        workers = task.workers if worth else 1
         pool = Pool(advance_sent if workers > 1 else advance, session, workers)
         extra = {"sheets": sheets, "nets": nets, "session": session, "pool": pool, "workers": workers}
         work = Workspace(task, task.images, extra, (self._note(task, made, len(nets)),))

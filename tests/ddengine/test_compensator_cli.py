@@ -93,12 +93,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_a_straight_o
     assert same(world / "killed", world / "straight")
 
 
-def test_the_result_does_not_depend_on_the_workers(call, world):
-    words = [word.replace("workers=1", "workers=2") for word in DISTILL]
-    assert call("distill", *words, "out=shared")[0] == 0
-    assert same(world / "shared", world / "straight")
-
-
 def test_it_is_judged_by_its_own_recipe_beside_real_images_with_the_same_labels(call, world):
     code, out, err = call("evaluate", "straight", "experts=teachers", *JUDGE, "--json")
     assert code == 0, err

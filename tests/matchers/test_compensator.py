@@ -14,6 +14,7 @@ from ddengine.errors import UsageError
 from ddengine.nets import NetSpec
 from ddengine.rng import Rng
 from ddengine.types import Budget, Task
+from matchers import compensator
 from matchers.compensator import CompensatorMatching, class_order, in_pixels, mean_logits
 from matchers.compensator_options import CompensatorOptions
 from synth import DistilledSet
@@ -173,7 +174,8 @@ def test_what_is_added_in_model_input_is_added_to_pixels(source):
     torch.testing.assert_close(x + in_pixels(u, source.spec), expected)
 
 
-def test_workers_and_chunks_share_the_work_without_a_trace(source, buffer):
+def test_workers_and_chunks_share_the_work_without_a_trace(source, buffer, monkeypatch):
+    monkeypatch.setattr(compensator, "WORTH", 1)
     sets = [made(Task(source, Budget(8), buffer, workers=n), chunk=40)[0] for n in (1, 2)]
     assert torch.equal(sets[0].compensators, sets[1].compensators) and torch.equal(
         sets[0].labels, sets[1].labels
