@@ -102,7 +102,9 @@ def algorithms(o: argparse.Namespace, task: Task) -> Iterator[tuple[str, Any]]:
             "count_teachers": False,
         },
     }.items():
-        yield name, matchers.make("compensator", student, **{**shared, **options})
+        still = options.get("recover") in ("none", "crops")  # nothing to take in parts
+        common = {"steps": o.recover} if still else shared
+        yield name, matchers.make("compensator", student, **{**common, **options})
     matching = {"steps": o.match, "real_per_class": 32, "lr": 2.0, "schedule": "cosine"}
     yield "attention", matchers.make("attention", student, **matching)
     form = {"name": "compensated", "compensators": 2, "groups": 1}

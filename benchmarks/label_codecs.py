@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ddengine import data, judge
 from ddengine.nets import NetSpec
+from ddengine.ops.kd import soft_labels
 from ddengine.tables import spread
 from ddengine.train import Recipe
 from expert_buffers import ExpertBuffer
-from matchers.compensator import mean_logits
 from matchers.compensator_options import KD
 from synth import DistilledSet
 from synth.labels import decode_labels, decode_topk, encode_labels, encode_topk
@@ -48,7 +48,7 @@ def main() -> None:
     dataset, buffer = data.load("npz", root=o.root), ExpertBuffer(o.experts)
     synth = DistilledSet.load(o.set).synth
     nets = [buffer.build(i, buffer.epochs(i)).eval() for i in range(len(buffer))]
-    z = mean_logits(nets, synth.composites(), torch.device("cpu"))
+    z = soft_labels(nets, synth.composites(), "cpu")
     rows = []
     for name, (nbytes, decoded) in codecs(z).items():
         row: dict[str, Any] = {

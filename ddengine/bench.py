@@ -3,22 +3,18 @@
 This is all that a worker process of the judge loads.
 """
 
-import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddengine.composites import Composites
 from ddengine.errors import DDError
 from ddengine.nets.core import NetSpec
 from ddengine.ops import kd
-from ddengine.ops.batches import resident
 from ddengine.rng import Rng
 from ddengine.train import Labeler, Recipe, accuracy, train
 from ddengine.types import Images
@@ -62,7 +58,7 @@ class Bench:
         """What labels the batches of `row`: the teachers' mean logits; None where its images have labels."""
         if self.labels != "dynamic" or row not in (SUBJECT, SAME_LABELS):
             return None
-        return partial(kd.mean_logits, placed(self.teachers, self.device))
+        return partial(kd.mean_logits, kd.placed(self.teachers, self.device))
 
 
 @dataclass(frozen=True)
@@ -94,22 +90,6 @@ def run_job(bench: Bench, job: Job) -> Record:
 def score_on_test(net: nn.Module, bench: Bench) -> float:
     """Test accuracy of a finished network whose rate is chosen: the only place that reads the test part."""
     return accuracy(net, bench.test)
-
-
-def placed(teachers: Sequence[nn.Module], device: str) -> list[nn.Module]:
-    """The teachers on `device`: copies of them where that is not the CPU."""
-    there = torch.device(device)
-    return [net if there.type == "cpu" else copy.deepcopy(net).to(there) for net in teachers]
-
-
-@torch.no_grad()
-def soft_labels(
-    teachers: Sequence[nn.Module], images: Images, device: str, batch: int = 500
-) -> Float[Tensor, "n k"]:
-    """The teachers' mean logits on `images` as they are, computed on `device` in float32; on the CPU."""
-    nets, data = placed(teachers, device), resident(images, torch.device(device))
-    starts = range(0, len(data), batch)
-    return torch.cat([kd.mean_logits(nets, data.model_input(slice(i, i + batch))).cpu() for i in starts])
 
 
 def tensors_of(images: Images | Composites) -> dict[str, Tensor]:

@@ -73,3 +73,8 @@ class Composites:
         """The same composites on `device`."""
         moved = {key: getattr(self, key).to(device) for key in ("bases", "compensators", "group", "y")}
         return replace(self, **moved)
+
+
+def in_pixels(u: Float[Tensor, "v c h w"], spec: DataSpec) -> Float[Tensor, "v c h w"]:
+    """What is added in model-input space, as what is added to pixels in [0, 1]."""
+    return spec.denormalise(u) - spec.denormalise(torch.zeros_like(u))

@@ -35,11 +35,10 @@ from ddengine.ops.dag import Trees, trees_of
 from ddengine.ops.dsa import strategy_for
 from ddengine.tables import Table
 from ddengine.train import Recipe, recipe_of
-from ddengine.types import Budget, Images, Matcher, Task, as_source
+from ddengine.types import Budget, Images, Matcher, Task, as_source, class_order
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
-from matchers.compensator import class_order
 from matchers.tree_evidence import graph_labels
 from synth import DistilledSet
 
@@ -183,14 +182,23 @@ def _teachers(
         raise UsageError("the set brings its own teachers, experts were given too", "Leave experts out")
     buffer = experts if isinstance(experts, ExpertBuffer) else ExpertBuffer(Path(experts).expanduser())
     buffer.check(distilled.spec)
-    numbers: list[int] = list(range(len(buffer)))
+    numbers = list(range(len(buffer)))
     if isinstance(said, dict):
         if said.get("digest") != buffer.digest:
             raise UsageError(
                 f"the experts of {buffer.root} are not those that labelled the set",
                 "Give the buffer that it was made with, as it was then, or leave experts out",
             )
-        numbers = [i for i in numbers if i in (said.get("experts") or numbers)]
+        named = said.get("experts")
+        if (
+            not isinstance(named, list)
+            or not named
+            or any(type(i) is not int or i not in numbers for i in named)
+        ):
+            raise ArtefactError(
+                f"the set's recipe.labelled_by names the experts {named}", "Make the set again"
+            )
+        numbers = named
     elif distilled.manifest["y_kind"] == "class":
         raise UsageError("experts were given, and the set has hard labels", "Leave experts out")
     return [buffer.build(i, buffer.epochs(i)).eval() for i in numbers]

@@ -6,8 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ddengine.bench import DRAWN_ANEW, SAME_LABELS, Key, soft_labels
+from ddengine.bench import DRAWN_ANEW, SAME_LABELS, Key
 from ddengine.errors import ArtefactError
+from ddengine.ops.kd import soft_labels
 from ddengine.rng import Rng
 from ddengine.types import Images, label_bytes
 from synth.labels import decode_labels, encode_labels, label_codec, label_row_bytes

@@ -12,7 +12,6 @@ noise with the optimised ones' deviations ("noise"), one recovered image for eac
 et al., NeurIPS 2023, from real starts), crops that teachers know best ("crops": RDED, Sun et al., CVPR 2024).
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +21,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ddengine.composites import Composites
+from ddengine.composites import in_pixels
 from ddengine.errors import UsageError
 from ddengine.nets import has_batch_norm
 from ddengine.nets.core import NetSpec
+from ddengine.ops import kd
 from ddengine.ops.dsa import DIGITS
 from ddengine.parallel import Pool, one_thread
 from ddengine.rng import Rng
-from ddengine.types import Accepts, DataSpec, Metrics, SynthSet, Task, Workspace, no_budget
+from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace, class_order, no_budget
 from expert_buffers.store import ExpertBuffer
 from matchers.bn_statistics import bn_statistics_loss
 from matchers.compensator_options import KD, SMALL, CompensatorOptions
@@ -45,16 +45,15 @@ from matchers.recovery import (
     received,
     send,
 )
-from matchers.sheets import Sheets, confident_sheets, real_sheets
-from matchers.teachers import logits_of, teacher
+from matchers.sheets import Sheets, confident_sheets, group_sizes, real_sheets
+from matchers.teachers import teacher
 from synth.budget import SheetPlan, nominal_bytes, plan
 from synth.compensated import Compensated
 from synth.labels import label_row_bytes
 from synth.teachers import flat_teacher
 
-__all__ = ["CompensatorMatching", "CompensatorOptions", "bn_statistics_loss", "mean_logits"]
+__all__ = ["CompensatorMatching", "CompensatorOptions", "bn_statistics_loss"]
 
-RELABELLED = 500  # composites in a forward pass
 WORTH = 100_000  # images through teachers, about two minutes, from which on processes are worth their start
 
 
@@ -91,18 +90,19 @@ class CompensatorMatching:
         extra = {"sheets": sheets, "nets": nets, "session": session, "pool": pool, "workers": workers}
         work = Workspace(task, task.images, extra, (self._note(task, made, len(nets)),))
         if self.steps(task) * len(session.rows) >= 100:
-            work.notes += (self._estimate(task, work, rng, workers),)
+            work.notes += (self._estimate(task, session, workers),)
         return work
 
     def init(self, task: Task, rng: Rng) -> CompensatorState:
         """Zeros for every job."""
         if not self.steps(task):
             return CompensatorState(0, ())
-        made, o, spec = self._plan(task), self.options, task.images.spec
-        classes, nets = len(spec.classes), self._teachers(task)
-        sizes = _group_sizes(made, classes)
-        jobs = []
-        for number, group in self._jobs(made, len(nets)):
+        sizes = group_sizes(self._plan(task), len(task.images.spec.classes))
+        return self._at_rest(task, sizes, self._teachers(task))
+
+    def _at_rest(self, task: Task, sizes: Sequence[int], nets: Sequence[nn.Module]) -> CompensatorState:
+        o, spec, jobs = self.options, task.images.spec, []
+        for number, group in self._jobs(len(sizes), len(nets)):
             small = o.class_batch is not None and o.class_batch < sizes[group]
             channels = channels_of(nets[number], spec, task.device) if small else 0
             count = sizes[group] if o.recover == "images" else 1
@@ -136,10 +136,11 @@ class CompensatorMatching:
             synth = replace(synth, bases=self._recovered(state, task, sheets))
         if o.labels == "hard":
             return synth
-        nets = self._label_teachers(task)
+        numbers = self._label_numbers(task)
         if o.labels == "dynamic":
-            return replace(synth, teachers=tuple(_stored(task.experts, i) for i in self._label_numbers(task)))
-        return replace(synth, labels=mean_logits(nets, synth.quantised().composites(), task.device))
+            return replace(synth, teachers=tuple(_stored(task.experts, i) for i in numbers))
+        nets = [_loaded(task, i) for i in numbers]
+        return replace(synth, labels=kd.soft_labels(nets, synth.quantised().composites(), task.device))
 
     def evaluation(self, task: Task) -> dict[str, Any]:
         """What the manifest tells a judge: the kind of labels and how to train on them."""
@@ -171,9 +172,6 @@ class CompensatorMatching:
     def _label_numbers(self, task: Task) -> list[int]:
         return self._numbers(task, self.options.label_teachers)
 
-    def _label_teachers(self, task: Task) -> list[nn.Module]:
-        return [_loaded(task, number) for number in self._label_numbers(task)]
-
     def _teachers(self, task: Task) -> tuple[nn.Module, ...]:
         """The frozen teachers of recovery, on the device; UsageError for one without batch norm."""
         nets = []
@@ -196,8 +194,7 @@ class CompensatorMatching:
         row = label_row_bytes(len(spec.classes), o.label_codec) if o.labels == "static" else 0
         fixed = 0
         if o.labels == "dynamic" and o.count_teachers:
-            stored = (_stored(task.experts, number) for number in self._label_numbers(task))
-            fixed = sum(2 * params.numel() + 4 * statistics.numel() for params, statistics in stored)
+            fixed = sum(_stored_bytes(task.experts, number) for number in self._label_numbers(task))
         compensators = len(self._numbers(task, o.teachers)) if shared else 0
         remedy = (
             "Give a larger ipc or budget.nbytes, matcher.groups=1, fewer teachers, or matcher.labels=hard"
@@ -232,19 +229,20 @@ class CompensatorMatching:
             rng.fold("recover"), task.precision,
         )  # fmt: skip
 
-    def _jobs(self, made: SheetPlan, teachers: int) -> list[tuple[int, int]]:
+    def _jobs(self, groups: int, teachers: int) -> list[tuple[int, int]]:
         """(teacher, group) of each job, teacher by teacher; recovered images have one teacher a group."""
-        every = [(t, g) for t in range(teachers) for g in range(made.groups)]
+        every = [(t, g) for t in range(teachers) for g in range(groups)]
         if self.options.recover != "images":
             return every
         return [(t, g) for t, g in every if g % teachers == t]
 
     def _blocks(self, session: Session, state: CompensatorState) -> list[Block]:
         """The jobs in blocks of one teacher and at most `chunk` images, in the order of the state."""
-        made = SheetPlan(0, 0, len(session.rows), 0)
         blocks: list[Block] = []
         images = 0
-        for (number, group), job in zip(self._jobs(made, len(session.teachers)), state.jobs, strict=True):
+        for (number, group), job in zip(
+            self._jobs(len(session.rows), len(session.teachers)), state.jobs, strict=True
+        ):
             size = min(len(session.rows[group]), self.options.class_batch or len(session.rows[group]))
             fits = blocks and blocks[-1].teacher == number and images + size <= self.options.chunk
             images = images + size if fits else size
@@ -271,9 +269,8 @@ class CompensatorMatching:
     def _recovered(self, state: CompensatorState, task: Task, sheets: Sheets) -> Tensor:
         """Bases that were recovered one by one, as pixels again."""
         spec, pixels = task.images.spec, sheets.pixels.clone()
-        made = SheetPlan(0, 0, int(sheets.group.max()) + 1, 0)
-        teachers = len(self._numbers(task, self.options.teachers))
-        for (_, group), job in zip(self._jobs(made, teachers), state.jobs, strict=True):
+        groups, teachers = int(sheets.group.max()) + 1, len(self._numbers(task, self.options.teachers))
+        for (_, group), job in zip(self._jobs(groups, teachers), state.jobs, strict=True):
             rows = (sheets.group == group).nonzero().squeeze(1)
             moved = pixels[rows].float() / 255 + in_pixels(job.u.cpu(), spec)
             pixels[rows] = (moved.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -288,43 +285,22 @@ class CompensatorMatching:
             f"{nominal_bytes(task.budget, task.images.spec):,}"  # type: ignore[arg-type]
         )
 
-    def _estimate(self, task: Task, work: Workspace, rng: Rng, workers: int) -> str:
+    def _estimate(self, task: Task, session: Session, workers: int) -> str:
         """What recovery will take, from one step of one block."""
-        blocks = self._blocks(work.extra["session"], self.init(task, rng))
+        state = self._at_rest(task, [len(rows) for rows in session.rows], session.teachers)
+        blocks = self._blocks(session, state)
         began = time.perf_counter()
         with one_thread():
-            advance(work.extra["session"], blocks[0])
+            advance(session, blocks[0])
         minutes = (
             (time.perf_counter() - began) * len(blocks) * self.steps(task) / 60 / min(workers, len(blocks))
         )
         return f"{len(blocks)} blocks of jobs, {self.steps(task)} steps: about {minutes:.0f} min"
 
 
-def mean_logits(
-    nets: Sequence[nn.Module], composites: Composites, device: torch.device
-) -> Float[Tensor, "n k"]:
-    """Static labels: the mean over teachers of their logits (not probabilities) of each composite, CPU."""
-    with torch.no_grad():
-        found = []
-        for index in torch.arange(len(composites)).split(RELABELLED):
-            x = composites.model_input(index).to(device)
-            found.append(torch.stack([logits_of(net, x) for net in nets]).mean(0).cpu())
-    return torch.cat(found)
-
-
 def _deviation(u: Tensor) -> Tensor:
     """Root mean square of each channel."""
     return u.square().mean((2, 3), keepdim=True).sqrt()
-
-
-def in_pixels(u: Float[Tensor, "v c h w"], spec: DataSpec) -> Float[Tensor, "v c h w"]:
-    """What is added in model-input space, as what is added to pixels in [0, 1]."""
-    return spec.denormalise(u) - spec.denormalise(torch.zeros_like(u))
-
-
-def class_order(classes: Sequence[str]) -> str:
-    """SHA-256 of the class names in label order: a judge with another order refuses the set."""
-    return hashlib.sha256("\0".join(classes).encode()).hexdigest()
 
 
 def _loaded(task: Task, number: int) -> nn.Module:
@@ -336,12 +312,11 @@ def _stored(buffer: ExpertBuffer, number: int) -> tuple[Tensor, Tensor]:
     return flat_teacher(buffer.build(number, buffer.epochs(number)))
 
 
-def _group_sizes(made: SheetPlan, classes: int) -> list[int]:
-    """Bases in each group: the partial last sheet is with the last of the whole ones."""
-    sheets = torch.arange(made.sheets) * made.groups // made.sheets
-    sizes = (torch.bincount(sheets, minlength=made.groups) * classes).tolist()
-    sizes[-1] += made.last
-    return sizes
+def _stored_bytes(buffer: ExpertBuffer, number: int) -> int:
+    """Bytes of what `_stored` gives in a set, without reading it: float16 parameters, float32 statistics."""
+    named = zip(buffer.stat_spec(number).names, buffer.stat_spec(number).sizes, strict=True)
+    kept = sum(size for name, size in named if not name.endswith("num_batches_tracked"))
+    return 2 * sum(buffer.spec(number).sizes) + 4 * kept
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from ddengine.errors import UsageError, require, require_positive
 from matchers.bn_statistics import WEIGHTINGS
+from synth.compensated import COMPENSATOR_CODECS
 from synth.labels import LABEL_CODECS, check_topk
 from synth.starts import SELECTIONS
 
 RECOVER = ("compensator", "noise", "none", "images", "crops")
 LABELS = ("hard", "static", "dynamic")
-CODECS = ("int8", "fp16")
 SMALL = 64  # pixels of the shorter side up to which images are small: no crops, one image in a collage
 KD = {  # the released validator, in steps; the loss times T^2, which its AdamW hardly notices
     "optimiser": "adamw", "lrs": [5e-4, 1e-3, 2e-3], "weight_decay": 0.01, "batch_size": 64, "steps": 2000,
@@ -61,7 +61,7 @@ class CompensatorOptions:
         _refuse_topk(self.label_codec, self.temperature)
         allowed = {
             "recover": RECOVER, "labels": LABELS, "weighting": WEIGHTINGS, "start": SELECTIONS,
-            "label_codec": LABEL_CODECS, "codec": CODECS,
+            "label_codec": LABEL_CODECS, "codec": COMPENSATOR_CODECS,
         }  # fmt: skip
         for key, values in allowed.items():
             require(getattr(self, key), values, f"matcher.{key}")

@@ -8,12 +8,13 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.rng import Rng
 from ddengine.types import SynthSet, Task, no_budget
+from matchers.sheets import groups_of, places
 from synth import Pixels
 from synth.budget import SheetPlan, nominal_bytes, plan
 from synth.compensated import Compensated
@@ -103,20 +104,12 @@ def form(
     if o.name == "pixels":
         return Pixels(x, labels, spec, codec=codec)
     made = sheet_plan(task, o, codec, beside)
-    index = by_sheet(made, classes, rng).to(x.device)
-    sheet = index % (len(x) // classes)
+    label, sheet = places(made, classes, rng)
+    index = (label * (len(x) // classes) + sheet).to(x.device)
     shape = (made.groups, o.compensators, *spec.shape)
     drawn = START * torch.randn(shape, generator=rng.torch("compensators")).to(x)
-    group = sheet.clamp(max=made.sheets - 1) * made.groups // made.sheets
+    group = groups_of(made, sheet).to(x.device)
     return Compensated(x[index], labels[index], drawn, group, spec, base_codec=codec)
-
-
-def by_sheet(made: SheetPlan, classes: int, rng: Rng) -> Int[Tensor, " b"]:
-    """Places, in a list class by class, of the bases sheet by sheet; the last sheet's classes are drawn."""
-    each = made.sheets + (made.last > 0)
-    whole = torch.arange(made.sheets)[:, None] + each * torch.arange(classes)[None]
-    extra = torch.randperm(classes, generator=rng.torch("last"))[: made.last].sort().values
-    return torch.cat([whole.flatten(), extra * each + made.sheets])
 
 
 def pulled_back(synth: SynthSet, gradient: Float[Tensor, "n c h w"]) -> dict[str, Tensor]:

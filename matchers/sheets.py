@@ -41,7 +41,7 @@ def real_sheets(task: Task, plan: SheetPlan, selection: str, rng: Rng) -> Sheets
     images = _plain(task.images)
     per_class = plan.sheets + (plan.last > 0)
     index = SELECTIONS[selection](images, per_class, rng.fold("start"))
-    classes, sheet = _places(plan, len(images.spec.classes), rng)
+    classes, sheet = places(plan, len(images.spec.classes), rng)
     return _made(images.x[index[classes * per_class + sheet]], classes, sheet, plan)
 
 
@@ -55,7 +55,7 @@ def confident_sheets(
     shrunk by `parts`, are laid in a square. UsageError as `real_sheets`, and where a class has too few.
     """
     images = _plain(task.images)
-    classes, sheet = _places(plan, len(images.spec.classes), rng)
+    classes, sheet = places(plan, len(images.spec.classes), rng)
     per_class, (c, h, w) = plan.sheets + (plan.last > 0), images.spec.shape
     if h % parts or w % parts:
         raise UsageError(
@@ -87,7 +87,7 @@ def _plain(images: Images) -> Images:
     return images
 
 
-def _places(plan: SheetPlan, classes: int, rng: Rng) -> tuple[Tensor, Tensor]:
+def places(plan: SheetPlan, classes: int, rng: Rng) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
     """Class and sheet of every base; the classes of the last, partial sheet are drawn."""
     whole = torch.arange(classes).repeat(plan.sheets)
     extra = torch.randperm(classes, generator=rng.torch("last"))[: plan.last].sort().values
@@ -96,9 +96,18 @@ def _places(plan: SheetPlan, classes: int, rng: Rng) -> tuple[Tensor, Tensor]:
 
 
 def _made(pixels: Tensor, classes: Tensor, sheet: Tensor, plan: SheetPlan) -> Sheets:
-    """With their groups: consecutive sheets, and the partial one with those before it."""
-    whole = sheet.clamp(max=plan.sheets - 1)
-    return Sheets(pixels.contiguous(), classes, sheet, whole * plan.groups // plan.sheets)
+    return Sheets(pixels.contiguous(), classes, sheet, groups_of(plan, sheet))
+
+
+def groups_of(plan: SheetPlan, sheet: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """Groups are of consecutive sheets; the partial one is with those before it."""
+    return sheet.clamp(max=plan.sheets - 1) * plan.groups // plan.sheets
+
+
+def group_sizes(plan: SheetPlan, classes: int) -> list[int]:
+    """Bases in each group."""
+    sheet = torch.arange(plan.sheets * classes + plan.last) // classes
+    return torch.bincount(groups_of(plan, sheet), minlength=plan.groups).tolist()
 
 
 def _best(

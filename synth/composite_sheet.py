@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddengine import files
+from ddengine.composites import in_pixels
 from ddengine.types import Images
 from synth.compensated import Compensated
 from synth.sheet import (
@@ -74,7 +75,7 @@ def _taken(synth: Compensated, indices: Tensor) -> Images:
 
 def _table(synth: Compensated, g: int) -> Table:
     size, m = tile_size(synth.spec), min(synth.compensators.shape[1], COMPENSATORS_SHOWN)
-    u = in_pixels(synth)[g, :m]
+    u = added_pixels(synth)[g, :m]
     gain = 0.5 / max(float(torch.quantile(u.abs().flatten(), 0.995)), 1e-3)
     more = f" ({synth.compensators.shape[1] - m} more)" if synth.compensators.shape[1] > m else ""
     title = f"group {g + 1} of {len(synth.compensators)}: compensators x {gain:.2g}, grey is 0{more}"
@@ -89,13 +90,10 @@ def _table(synth: Compensated, g: int) -> Table:
     return Table(title, top, rows)
 
 
-def in_pixels(synth: Compensated) -> Float[Tensor, "g m c h w"]:
+def added_pixels(synth: Compensated) -> Float[Tensor, "g m c h w"]:
     """Compensators in units of pixels in [0, 1]: what they add to an image once it is brought back."""
     u = synth.compensators.detach().cpu().float()
-    if synth.real:
-        return u
-    flat, zero = u.flatten(0, 1), torch.zeros((1, *synth.spec.shape))
-    return (synth.spec.denormalise(flat) - synth.spec.denormalise(zero)).reshape(u.shape)
+    return u if synth.real else in_pixels(u.flatten(0, 1), synth.spec).reshape(u.shape)
 
 
 def _spread(members: Tensor) -> list[int]:

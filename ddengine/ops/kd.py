@@ -1,5 +1,6 @@
 """Knowledge distillation: the loss on soft labels, and mixed images with numbers that belong to each item."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,8 +9,11 @@ from jaxtyping import Float, Int
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
+from ddengine.composites import Composites
+from ddengine.ops.batches import resident
 from ddengine.ops.counter import uniform
 from ddengine.rng import Rng
+from ddengine.types import Images
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -32,6 +36,22 @@ def kd_loss(
 def mean_logits(teachers: Sequence[nn.Module], x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
     """The mean of the teachers' logits (not of their probabilities) on images in model-input space."""
     return torch.stack([teacher(x) for teacher in teachers]).mean(0)
+
+
+def placed(teachers: Sequence[nn.Module], device: torch.device | str) -> list[nn.Module]:
+    """The teachers on `device`: copies of them where that is not the CPU."""
+    there = torch.device(device)
+    return [net if there.type == "cpu" else copy.deepcopy(net).to(there) for net in teachers]
+
+
+@torch.no_grad()
+def soft_labels(
+    teachers: Sequence[nn.Module], images: Images | Composites, device: torch.device | str, batch: int = 500
+) -> Float[Tensor, "n k"]:
+    """The teachers' mean logits on `images` as they are, computed on `device` in float32; on the CPU."""
+    nets, data = placed(teachers, device), resident(images, torch.device(device))
+    starts = range(0, len(data), batch)
+    return torch.cat([mean_logits(nets, data.model_input(slice(i, i + batch))).cpu() for i in starts])
 
 
 def mixed_labels(

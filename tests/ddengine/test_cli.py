@@ -68,21 +68,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, world):
-    """Runs a command in the world's folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(world)
-    monkeypatch.delenv("DDENGINE_DEBUG", raising=False)
-    capsys.readouterr()
-
-    def run(*words):
-        code = main(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
 def tiny_demo(monkeypatch):
     monkeypatch.setattr(demo, "NETWORK", NetSpec("convnet", width=2, depth=1))
     monkeypatch.setattr(demo, "OPTIONS", {"steps": 2, "real_per_class": 3})

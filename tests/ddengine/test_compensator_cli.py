@@ -35,21 +35,6 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def call(capsys, monkeypatch, world):
-    """Runs a command in the world's folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(world)
-    monkeypatch.delenv("DDENGINE_DEBUG", raising=False)
-
-    def run(*words):
-        capsys.readouterr()
-        code = main(list(map(str, words)))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def same(one, other):
     """Whether two sets hold the same bits and say the same but for times."""
     a, b = (DistilledSet.load(path / "distilled") for path in (one, other))

@@ -11,7 +11,7 @@ import ddengine.judge
 from ddengine import recipes
 from ddengine.cli import main
 from ddengine.data import load
-from ddengine.errors import UsageError
+from ddengine.errors import ArtefactError, UsageError
 from ddengine.nets import NetSpec
 from expert_buffers.store import ExpertBuffer
 from synth import DistilledSet, Pixels
@@ -80,3 +80,13 @@ def test_a_set_without_teachers_is_judged_beside_the_usual_rows(world, monkeypat
     assert seen[0]["teachers"] == [] and "random_same_labels" not in capsys.readouterr().out
     assert main(["evaluate", str(world / "set"), *JUDGE, "rows=[random_same_labels]"]) == 2
     assert "fix: Give experts=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ([], [2], [-1], [True], ["0"], "01", None, {"0": 1}))
+def test_a_set_that_names_experts_which_the_buffer_lacks_is_refused(world, digits, named):
+    buffer = ExpertBuffer(world / "experts")
+    made = DistilledSet.load(world / "set")
+    recipe = {**made.manifest["recipe"], "labelled_by": {"digest": buffer.digest, "experts": named}}
+    hostile = replace(made, manifest={**made.manifest, "recipe": recipe})
+    with pytest.raises(ArtefactError, match="labelled_by names the experts"):
+        recipes.evaluate(hostile, experts=buffer, dataset=digits, seeds=1, rows=[])

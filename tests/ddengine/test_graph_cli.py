@@ -98,21 +98,6 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def call(capsys, monkeypatch, world):
-    """Runs a command in the world's folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(world)
-    monkeypatch.delenv("DDENGINE_DEBUG", raising=False)
-
-    def run(*words):
-        capsys.readouterr()
-        code = main(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def one_object(out):
     assert out.count("\n") == 1
     return json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))

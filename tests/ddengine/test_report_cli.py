@@ -57,21 +57,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, world):
-    """Runs a command in the world's folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(world)
-    monkeypatch.delenv("DDENGINE_DEBUG", raising=False)
-
-    def run(*words):
-        capsys.readouterr()
-        code = main(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
 def spoiled(world, tmp_path):
     """A copy of the judged run in which one file has other contents."""
 

@@ -33,21 +33,6 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def call(capsys, monkeypatch, world):
-    """Runs a command in the world's folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(world)
-    monkeypatch.delenv("DDENGINE_DEBUG", raising=False)
-
-    def run(*words):
-        capsys.readouterr()
-        code = main(list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def told(err):
     """The cause and the remedy of an error that is all there is on stderr."""
     first, second = err.splitlines()

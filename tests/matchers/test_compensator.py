@@ -9,13 +9,15 @@ import trained_experts
 
 import matchers
 from ddengine import loop
+from ddengine.composites import in_pixels
 from ddengine.data import load
 from ddengine.errors import UsageError
 from ddengine.nets import NetSpec
+from ddengine.ops import kd
 from ddengine.rng import Rng
-from ddengine.types import Budget, Task
+from ddengine.types import Budget, Task, class_order
 from matchers import compensator
-from matchers.compensator import CompensatorMatching, class_order, in_pixels, mean_logits
+from matchers.compensator import CompensatorMatching
 from matchers.compensator_options import CompensatorOptions
 from synth import DistilledSet
 from synth.labels import label_row_bytes
@@ -99,7 +101,7 @@ def test_label_teachers_are_chosen_apart_from_those_of_recovery(task, buffer):
 def test_teachers_in_another_order_give_the_same_labels(task, buffer):
     composites = made(task)[0].quantised().composites()
     nets = [buffer.build(i, buffer.epochs(i)).eval() for i in (0, 1, 2)]
-    one, other = (mean_logits(order, composites, torch.device("cpu")) for order in (nets, nets[::-1]))
+    one, other = (kd.soft_labels(order, composites, "cpu") for order in (nets, nets[::-1]))
     torch.testing.assert_close(one, other)
 
 

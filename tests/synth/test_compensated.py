@@ -13,7 +13,7 @@ from ddengine.nets import NetSpec, build
 from ddengine.rng import Rng
 from ddengine.types import DataSpec, Whitening
 from synth import Compensated, DistilledSet, Pixels, flat_teacher
-from synth.composite_sheet import composite_sheet, in_pixels
+from synth.composite_sheet import added_pixels, composite_sheet
 from synth.packing import decode_compensators, encode_compensators
 
 SHAPE, CLASSES = (3, 7, 5), ("ant", "bee", "cat", "dog", "elk")
@@ -364,13 +364,13 @@ def test_the_preview_shows_bases_and_sums(tmp_path):
 def test_compensators_are_shown_in_units_of_pixels():
     synth = compensated(real=False)
     std = torch.tensor(SPEC.std)[:, None, None]
-    assert torch.allclose(in_pixels(synth), synth.compensators * std, atol=1e-6)
+    assert torch.allclose(added_pixels(synth), synth.compensators * std, atol=1e-6)
     d = 3 * 7 * 5
     matrix = torch.randn((d, d), generator=Rng(0).torch("zca")) / 9 + torch.eye(d)
     white = replace(SPEC, zca=Whitening(torch.rand(d), matrix, matrix.inverse()))
-    shown = in_pixels(replace(synth, spec=white)).reshape(-1, d)
+    shown = added_pixels(replace(synth, spec=white)).reshape(-1, d)
     assert torch.allclose(shown, synth.compensators.reshape(-1, d) @ matrix.inverse(), atol=1e-3)
-    assert torch.equal(in_pixels(compensated()), compensated().compensators)
+    assert torch.equal(added_pixels(compensated()), compensated().compensators)
 
 
 def test_the_card_says_what_a_composite_is(tmp_path):
