@@ -1,6 +1,8 @@
 """Names and one-line descriptions of what there is, without importing torch: what `list` and help read."""
 
+import re
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from ddengine import data
@@ -44,22 +46,51 @@ RECIPES = {
     "ast": "smooth experts: momentum, early loss ramp, gradient penalty, rate drop (AST)",
     "squeeze": "teachers with batch norm: momentum, cosine to zero over 10 epochs (SRe2L, INFER)",
 }
+PROTOCOLS = {
+    "standard-v1": "ours: rates chosen on validation, the last step scored on test once, equal steps",
+    "paper/dm": "images: 20 networks of 1,001 passes at one rate, a tenth from the middle on (DM)",
+    "paper/datadam": "images: 10 networks of 1,801 passes at one rate, a tenth from the middle on (DataDAM)",
+    "paper/mtt": "images: 5 networks of 1,001 passes at the learned rate, a tenth from the middle on (MTT)",
+    "paper/infer": "images: soft labels, 400 passes, the best of 40 looks at the test part (INFER)",
+    "paper/mirage": "graphs: 10 networks, of which the best 5 on validation are reported (Mirage)",
+}
 KINDS = {
     "matchers": MATCHERS,
     "datasets": data.DESCRIPTIONS,
     "networks": {**NETWORKS, **GRAPH_NETWORKS},
     "recipes": RECIPES,
+    "protocols": PROTOCOLS,
 }
 PLUGGED = ("matchers", "datasets", "networks")  # kinds to which other distributions add
 
 
 def listing(kind: str) -> list[tuple[str, str, str]]:
-    """(name, origin, description) of all there is of a kind, other distributions' included."""
+    """(name, origin, description) of all there is of a kind, other distributions' included.
+
+    The last two of the networks stand for names that are too many to list.
+    """
     ours = [(name, "ddengine", text) for name, text in KINDS[kind].items()]
     if kind not in PLUGGED:
         return ours
     plugged = [e for e in entry_points(group=f"ddengine.{kind}") if e.name not in KINDS[kind]]
-    return ours + [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged]
+    others = [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged]
+    return ours + others + (_by_other_names() if kind == "networks" else [])
+
+
+def _by_other_names() -> list[tuple[str, str, str]]:
+    theirs = f"any of torchvision's {_classifiers()} classifiers, such as resnet50, swin_t or vit_b_16"
+    yours = "your own class or factory, in this folder or installed, such as my_nets:MyNet"
+    return [("TORCHVISION_NAME", "torchvision", theirs), ("MODULE:NAME", "yours", yours)]
+
+
+def _classifiers() -> int:
+    """How many torchvision has, read off its files because an import would take seconds."""
+    spec = find_spec("torchvision")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [path for folder in folders for path in (Path(folder) / "models").glob("*.py")]
+    return sum(
+        len(re.findall(r"^@register_model\(", path.read_text("utf-8"), re.MULTILINE)) for path in files
+    )
 
 
 def folder() -> Path:

@@ -2,9 +2,12 @@
 
 A network class gives its options with `defaults(shape)`, is built as `Class(shape, classes, **options)`, and
 its networks have `features(x, tap)` and logits when called (see `core.Network`). Other packages add theirs
-through the entry-point group `ddengine.networks`.
+through the entry-point group `ddengine.networks`. torchvision's classifiers go by their names there, and a
+network of the user's own by its import path, `my_package.my_module:MyNet` (see `torchvision_nets` and
+`imported`); both give logits only, unless the user's has `features`.
 """
 
+import difflib
 import re
 from dataclasses import replace
 from importlib import import_module
@@ -15,24 +18,37 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddengine.errors import UsageError, require_positive, unknown
+from ddengine.errors import UsageError, require_positive
 from ddengine.nets.classic import VGG11, AlexNet, LeNet
 from ddengine.nets.convnet import ConvNet, default_depth
-from ddengine.nets.core import NORMS, Features, NetSpec, Network, Tap, initialise
+from ddengine.nets.core import (
+    NORMS,
+    Features,
+    Foreign,
+    ForeignNetwork,
+    NetSpec,
+    Network,
+    Tap,
+    initialise,
+    is_import_path,
+)
+from ddengine.nets.imported import find_imported, import_network
 from ddengine.nets.mlp import MLP
 from ddengine.nets.mobile import EfficientNetB0, MobileNetV2, ShuffleNetV2
 from ddengine.nets.resnet import ResNet18
 from ddengine.nets.vit import ViT
 
 __all__ = [
-    "NETWORKS", "NORMS", "Features", "NetSpec", "Network", "NetworkClass", "Tap", "build",
-    "count_parameters", "default_depth", "family", "find_network", "has_batch_norm", "reinitialise",
-    "resolve",
+    "GRAPH_GRID", "GRID", "NETWORKS", "NORMS", "Features", "NetSpec", "Network", "NetworkClass", "Tap",
+    "build", "count_parameters", "default_depth", "family", "find_network", "has_batch_norm",
+    "import_network", "is_import_path", "reinitialise", "resolve",
 ]  # fmt: skip
 
 GROUP = "ddengine.networks"
 OPTIONS = ("width", "depth", "norm")
-SMALLEST = 8  # pixels of the shorter side that every network can take
+SMALLEST = 8  # pixels of the shorter side that every network of ours can take
+GRID = ("convnet", "alexnet", "vgg11", "resnet18", "vit")  # across architectures, each of another family
+GRAPH_GRID = ("gcn", "gin", "gat", "sage")
 
 
 @runtime_checkable
@@ -59,24 +75,42 @@ NETWORKS: dict[str, NetworkClass] = {
 
 
 def find_network(name: str) -> NetworkClass:
-    """The network class called `name`, ours or an installed package's (UsageError lists the known ones)."""
+    """The network class called `name`: ours, an installed package's, torchvision's, or one imported before.
+
+    Raises UsageError, which lists the known ones, and for an import path that `import_network` was not given.
+    """
     if name in NETWORKS:
         return NETWORKS[name]
+    if is_import_path(name):
+        return find_imported(name)
     plugins = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in plugins and name in import_module("ddengine.nets.graph").GRAPH_NETWORKS:  # it imports us
+    if name in plugins:
+        return _plugged(name, plugins[name].load(), plugins[name].value)
+    if name in import_module("ddengine.nets.graph").GRAPH_NETWORKS:  # it imports us
         raise UsageError(
             f"network {name} works on graphs; images take: {', '.join(NETWORKS)}",
             "Give one of them, such as network=convnet",
         )
-    if name not in plugins:
-        raise unknown("network", name, [*NETWORKS, *plugins])
-    found = plugins[name].load()
+    torchvision = import_module("ddengine.nets.torchvision_nets")  # seconds of import
+    if name in torchvision.names():
+        return torchvision.torchvision_network(name)
+    raise _unknown(name, [*NETWORKS, *plugins], torchvision.names())
+
+
+def _plugged(name: str, found: Any, value: str) -> NetworkClass:
     if not isinstance(found, NetworkClass):
         raise UsageError(
-            f"network '{name}' of {plugins[name].value} has no defaults(shape)",
+            f"network '{name}' of {value} has no defaults(shape)",
             "Give the class a static method that returns its options, {} for none",
         )
     return found
+
+
+def _unknown(name: str, listed: list[str], others: list[str]) -> UsageError:
+    near = difflib.get_close_matches(name, [*listed, *others], n=1, cutoff=0.5)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    also = "any classifier of torchvision, or your own as MODULE:NAME"
+    return UsageError(f"unknown network '{name}'", f"{hint}Known: {', '.join(sorted(listed))}; {also}")
 
 
 def resolve(spec: NetSpec, shape: tuple[int, int, int]) -> NetSpec:
@@ -105,8 +139,13 @@ def build(spec: NetSpec, shape: tuple[int, int, int], classes: int, generator: t
     """A network for images of `shape` (c, h, w) on the CPU, in train mode, weights drawn from `generator`.
 
     The same generator state gives the same weights, and no global generator is touched. Raises UsageError
-    as `resolve` does, and for option values that do not suit the images.
+    as `resolve` does, for option values that do not suit the images, and for images that a network which is
+    not ours does not take.
     """
+    found = find_network(spec.name)
+    if isinstance(found, Foreign):
+        require_positive("classes", classes)
+        return found.built(shape, classes, generator, **_options(resolve(spec, shape)))
     net = _skeleton(spec, shape, classes)
     # not `to_empty`: it loads torch's symbolic shapes, two seconds of import
     return initialise(net._apply(lambda t: torch.empty(t.shape, dtype=t.dtype)), generator)
@@ -114,12 +153,20 @@ def build(spec: NetSpec, shape: tuple[int, int, int], classes: int, generator: t
 
 def reinitialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
     """Draw all weights of `net` again in place: the bits of a fresh `build` without its allocations."""
-    return initialise(net, generator)
+    if not isinstance(net, ForeignNetwork):
+        return initialise(net, generator)
+    fresh = build(net.spec, net.shape, net.classes, generator)
+    assert isinstance(fresh, ForeignNetwork)
+    with torch.no_grad():
+        for mine, theirs in zip(_tensors(net), _tensors(fresh), strict=True):
+            mine.copy_(theirs)
+    net.draws = fresh.draws
+    return net
 
 
 def has_batch_norm(of: NetSpec | nn.Module) -> bool:
     """Whether a network, or any network built from a spec, normalises over the batch."""
-    net = _skeleton(replace(of, depth=None), (3, 32, 32), 2) if isinstance(of, NetSpec) else of
+    net = _example(of) if isinstance(of, NetSpec) else of
     return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
@@ -129,15 +176,17 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def family(name: str) -> str:
-    """The family of a network, its name up to the first non-letter: "resnet" for resnet18."""
-    return re.split(r"[^a-z]", name, maxsplit=1)[0] or name
+    """The family of a network, its name up to the first non-letter: "resnet" for resnet18.
+
+    An import path is a family of its own.
+    """
+    return name if is_import_path(name) else re.split(r"[^a-z]", name, maxsplit=1)[0] or name
 
 
 def _skeleton(spec: NetSpec, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The network without storage, so that its constructors draw nothing."""
     require_positive("classes", classes)
-    full = resolve(spec, shape)
-    options = {key: getattr(full, key) for key in OPTIONS if getattr(full, key) is not None}
+    options = _options(resolve(spec, shape))
     with torch.device("meta"):
         net = find_network(spec.name)(shape, classes, **options)
     for name, _ in net.named_buffers():
@@ -147,3 +196,20 @@ def _skeleton(spec: NetSpec, shape: tuple[int, int, int], classes: int) -> nn.Mo
                 "Compute it in forward; only batch norm may have buffers",
             )
     return net
+
+
+def _example(spec: NetSpec) -> nn.Module:
+    """Some network of `spec`, not to be used: for images of a size that it takes, whatever its depth."""
+    found = find_network(spec.name)
+    if not isinstance(found, Foreign):
+        return _skeleton(replace(spec, depth=None), (3, 32, 32), 2)
+    shape = (3, 224, 224) if found.colour else (3, 32, 32)
+    return found(shape, 2, **_options(resolve(spec, shape)))
+
+
+def _options(full: NetSpec) -> dict[str, Any]:
+    return {key: getattr(full, key) for key in OPTIONS if getattr(full, key) is not None}
+
+
+def _tensors(net: nn.Module) -> list[torch.Tensor]:
+    return [*net.parameters(), *net.buffers()]
