@@ -4,8 +4,6 @@ A file is a list of experts, each a list of checkpoints, each a list of paramete
 the order in which the released networks register their layers: that of their use.
 """
 
-import pickletools
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddengine import files
-from ddengine.errors import ArtefactError, UsageError, one_line, require
+from ddengine.archives import TENSORS, is_dense, load_archive, reason_of
+from ddengine.errors import ArtefactError, UsageError, require
 from ddengine.nets import NetSpec, build, has_batch_norm, resolve
 from ddengine.rng import Rng
 from ddengine.types import DataSpec
@@ -26,9 +25,8 @@ from expert_buffers.trajectory import Recording
 from expert_buffers.writing import commit, open_for_writing, save_expert
 
 LIMIT = 8 << 30  # bytes of a file; ten experts of CIFAR-10 have 0.65 GB
-MEMBERS, PICKLE = 1 << 18, 64 << 20  # tensors in a file; bytes of the pickle that lists them
 REMEDY = "Give a replay_buffer_*.pt of this network, fetched again from where it was published"
-ALLOWED = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
+ALLOWED = {*TENSORS, "torch FloatStorage"}
 SAW = "the whole train split, as far as is known: validation images may be among it"
 Expert = list[list[Tensor]]
 
@@ -36,53 +34,19 @@ Expert = list[list[Tensor]]
 def read_replay_buffer(path: Path, spec: ParamSpec, limit: int = LIMIT) -> list[Float[Tensor, "t p"]]:
     """The experts in a released file, each [t p] in float32, laid out by `spec`.
 
-    The file must be an uncompressed zip of at most `limit` bytes that refers to nothing but float32 tensors;
-    then torch reads it with `weights_only`, mapped, so that no more than it holds is ever allocated. Raises
-    ArtefactError naming the file for anything else, other shapes, numbers that are not finite, fewer than two
-    checkpoints, and checkpoints equal to the one before, as the released scripts write them on a CPU.
+    The file must be an uncompressed zip of at most `limit` bytes that refers to nothing but float32 tensors
+    (see `load_archive`). Raises ArtefactError naming the file for anything else, other shapes, numbers that
+    are not finite, fewer than two checkpoints, and checkpoints equal to the one before, as the released
+    scripts write them on a CPU.
     """
     require_regular(path)
     try:
-        _check_archive(path, limit)
-        experts = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        experts = load_archive(path, ALLOWED, limit=limit)
         return _flat_experts(experts, spec, path.stat().st_size)
     except Exception as error:  # damaged zips and pickles raise errors of any kind
-        reason = one_line((str(error).splitlines() or [type(error).__name__])[0])
-        raise ArtefactError(f"{path} is no replay buffer of this network: {reason}", REMEDY) from error
-
-
-def _check_archive(path: Path, limit: int) -> None:
-    """Refuse (ValueError) what torch.load need not see: other formats, zip bombs, references to code."""
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"it has {size} bytes, more than {limit}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is not a zip archive as torch.save writes it")
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        if len(members) > MEMBERS or len(set(names)) < len(names) or archive.comment:
-            raise ValueError("its table of members is not one of torch.save")
-        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
-            raise ValueError("a member is compressed or encrypted")
-        if sum(m.file_size for m in members) > size or any(m.file_size != m.compress_size for m in members):
-            raise ValueError("its members claim more bytes than it has")
-        root = names[0].partition("/")[0]
-        if any(".." in name or "\\" in name or name.partition("/")[0] != root for name in names):
-            raise ValueError("a member lies outside the archive's folder")
-        pickle = archive.getinfo(f"{root}/data.pkl")
-        if pickle.file_size > PICKLE:
-            raise ValueError(f"its table of tensors is larger than {PICKLE} bytes")
-        _check_pickle(archive.read(pickle))
-
-
-def _check_pickle(data: bytes) -> None:
-    """Refuse (ValueError) a pickle that names anything but float32 tensors; nothing in it is run."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"it uses the pickle instruction {opcode.name}")
-        if opcode.name == "GLOBAL" and argument not in ALLOWED:
-            raise ValueError(f"it refers to {argument}")
+        raise ArtefactError(
+            f"{path} is no replay buffer of this network: {reason_of(error)}", REMEDY
+        ) from error
 
 
 def _flat_experts(experts: Any, spec: ParamSpec, size: int) -> list[Float[Tensor, "t p"]]:
@@ -109,7 +73,7 @@ def _check_expert(expert: Any, number: int, spec: ParamSpec) -> None:
         if shapes != spec.shapes:
             raise ValueError(f"{where} has {_difference(shapes, spec)}")
         for tensor in row:
-            if tensor.dtype != torch.float32 or tensor.untyped_storage().nbytes() < 4 * tensor.numel():
+            if tensor.dtype != torch.float32 or not is_dense(tensor):
                 raise ValueError(f"{where} has a tensor that is not float32 in storage of its own size")
         if epoch and all(map(torch.equal, row, expert[epoch - 1])):
             raise ValueError(

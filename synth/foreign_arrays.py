@@ -1,0 +1,116 @@
+"""Distilled sets in one .npz file: arrays read without unpickling, none larger than what the file holds."""
+
+import math
+import zipfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+
+from ddengine.archives import reason_of
+from ddengine.errors import UsageError
+from ddengine.types import DataSpec
+from synth.foreign_files import (
+    Found,
+    image_tensor,
+    label_tensor,
+    one_file,
+    read_rate,
+    told_kind,
+    told_spec,
+    wrong,
+)
+from synth.schema import require_regular
+
+LIMIT = 2 << 30  # bytes of the arrays once decompressed
+ZCA = ("zca_mean", "zca_matrix", "zca_inverse")
+KEYS = ("x", "y", "y_kind", "classes", "mean", "std", "student_lr", *ZCA)
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+def read_npz(paths: Sequence[Path], spec: DataSpec, experiment: int | None) -> Found:
+    """Images x as [n c h w], [n h w c] or [n h w], labels y as [n] or [n k], maybe `student_lr`.
+
+    Of a file that `export` wrote, also what it tells of its space. Compressed members are read up to 2 GiB.
+    """
+    if experiment is not None:
+        raise UsageError(f"experiment={experiment} is for dm and datadam", "Leave it out")
+    path = one_file(paths, "FILE.npz")
+    arrays = read_arrays(path)
+    if missing := [key for key in ("x", "y") if key not in arrays]:
+        raise wrong(path, f"it has no array {missing[0]!r}")
+    x, y = (_tensor(path, key, arrays[key]) for key in ("x", "y"))
+    rate = arrays.get("student_lr")
+    return Found(
+        image_tensor(path, _channels_first(x, spec), spec),
+        label_tensor(path, y),
+        (path,),
+        None if rate is None else read_rate(path, _tensor(path, "student_lr", rate)),
+        y_kind=told_kind(path, arrays["y_kind"].tolist() if "y_kind" in arrays else None),
+        made_with=told_spec(path, _told(path, arrays), spec),
+    )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that this module knows (ArtefactError for anything but plain numbers and texts)."""
+    require_regular(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise ValueError("a member comes twice")
+            members = {key: archive.getinfo(f"{key}.npy") for key in KEYS if f"{key}.npy" in names}
+            if sum(member.file_size for member in members.values()) > LIMIT:
+                raise ValueError(f"its arrays claim more than {LIMIT} bytes")
+            return {key: _array(archive.read(member)) for key, member in members.items()}
+    except Exception as error:  # damaged zips and headers raise errors of any kind
+        raise wrong(path, reason_of(error)) from error
+
+
+def _array(data: bytes) -> np.ndarray:
+    """One .npy member whose header claims exactly the bytes that follow it."""
+    file = BytesIO(data)
+    version = npy.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"an array of the unknown version {version}")
+    shape, fortran, dtype = HEADERS[version](file)
+    if (
+        dtype.kind not in "fiubU"
+        or min(shape, default=0) < 0
+        or math.prod(shape) * dtype.itemsize != len(data) - file.tell()
+    ):
+        raise ValueError(f"an array of {dtype} {list(shape)} in {len(data) - file.tell()} bytes")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+
+
+def _tensor(path: Path, key: str, array: np.ndarray) -> torch.Tensor:
+    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+        raise wrong(path, f"its array {key!r} is {array.dtype}")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        if array.size and int(array.max()) >= 2**63:
+            raise wrong(path, f"its array {key!r} holds {array.max()}")
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+
+def _channels_first(x: torch.Tensor, spec: DataSpec) -> torch.Tensor:
+    """[n c h w] of whichever layout fits the spec, and `x` itself where none does."""
+    c, h, w = spec.shape
+    if tuple(x.shape[1:]) == (c, h, w):
+        return x
+    if tuple(x.shape[1:]) == (h, w, c):
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x[:, None] if x.ndim == 3 else x
+
+
+def _told(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    told: dict[str, Any] = {key: arrays[key].tolist() for key in ("classes", "mean", "std") if key in arrays}
+    if held := [key for key in ZCA if key in arrays]:
+        if len(held) < len(ZCA):
+            raise wrong(path, f"it has {held[0]} and not all of {', '.join(ZCA)}")
+        told["zca"] = [_tensor(path, key, arrays[key]) for key in ZCA]
+    return told
