@@ -12,16 +12,22 @@ from ddengine.artefacts import is_buffer
 from ddengine.commands import distill_command, evaluate_command
 from ddengine.errors import ArtefactError, UsageError
 from ddengine.loop import RUN_FORMAT
+from ddengine.report import SCORES, costs
 from synth import DistilledSet
+from synth.sheet import tile_size
+from synth.store import CARD, PREVIEW
+from synth.tiles import TileRow, tile_rows
 
 Record = dict[str, Any]
 Check = Callable[[Any], bool]
+SHEET_ROOM, PREVIEW_ROOM = 5 << 20, 3 << 20  # bytes of base64 in a page, so that it stays under 10 MB
+CARD_MAX = 100_000
 NO_METRICS = ("step", "seconds", "expert", "epoch")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds. `table`, `manifest` and `preview` (PNG) are None where there is none yet.
+    """What a run's folder holds. `table`, `distilled`, `preview` (PNG) and `card` may be None.
 
     `curves` are (step, value) pairs by metric in the order of the log; `commands` has the lines for distill
     and evaluate, None for one that no command line can say.
@@ -31,19 +37,57 @@ class Run:
     identity: Record
     table: Record | None
     curves: Mapping[str, Sequence[tuple[int, float | int]]]
-    manifest: Record | None
+    distilled: DistilledSet | None
     preview: bytes | None
+    card: str | None
     commands: Mapping[str, str | None]
 
     def to_json(self) -> Record:
         """The run as `report --json` prints it: plain JSON values."""
         curves = {metric: [list(point) for point in points] for metric, points in self.curves.items()}
-        return {"path": str(self.path), "run": self.identity, "table": self.table, "curves": curves}
+        head = {"path": str(self.path), "run": self.identity, "table": self.table, "curves": curves}
+        return {**head, "costs": costs({"set": self._manifest, "table": self.table})}
 
-    def shown(self) -> Record:
-        """The same with all that a report shows: `set` is the manifest, `preview` base64."""
-        picture = self.preview and base64.b64encode(self.preview).decode()
-        return {**self.to_json(), "set": self.manifest, "preview": picture, "commands": dict(self.commands)}
+    def shown(self, pages: int = 1) -> Record:
+        """The same with all that a report shows, as one of `pages` runs that share the room for pictures.
+
+        `set` is the manifest, `sheet` the images by class, `preview` base64: None where there are images, and
+        where it is larger than its room.
+        """
+        made = self.distilled
+        rows = () if made is None else tile_rows(made.synth, SHEET_ROOM // pages)
+        wanted = made is not None and (not rows or made.kind == "compensated")
+        preview = self.preview if wanted else None
+        small = preview is not None and 4 * len(preview) // 3 <= PREVIEW_ROOM // pages
+        picture = base64.b64encode(preview).decode() if small and preview else None
+        found = {"set": self._manifest, "preview": picture, "sheet": _sheet(made, rows), "card": self.card}
+        return {**self.to_json(), **found, "commands": dict(self.commands)}
+
+    @property
+    def _manifest(self) -> Record | None:
+        return None if self.distilled is None else self.distilled.manifest
+
+
+def _sheet(made: DistilledSet | None, rows: Sequence[TileRow]) -> Record | None:
+    """Images by class as plain JSON, PNG in base64; `size` is the width and height of a tile on a screen."""
+    if made is None or not rows:
+        return None
+    found = [
+        {
+            "label": row.label,
+            "total": row.total,
+            "tiles": [
+                {
+                    "name": tile.name,
+                    "png": base64.b64encode(tile.png).decode(),
+                    "shares": [list(share) for share in tile.shares],
+                }
+                for tile in row.tiles
+            ],
+        }
+        for row in rows
+    ]
+    return {"size": list(tile_size(made.spec)), "rows": found}
 
 
 def read_run(path: Path) -> Run:
@@ -56,19 +100,27 @@ def read_run(path: Path) -> Run:
     table = _table(path / "table.json")
     folder = path / "distilled"
     distilled = DistilledSet.load(folder) if folder.is_dir() else None
-    pictured = distilled is not None and "preview.png" in distilled.manifest["files"]
+    held = set() if distilled is None else set(distilled.manifest["files"])
     return Run(
         path,
         identity,
         table,
         curves,
-        None if distilled is None else distilled.manifest,
-        (folder / "preview.png").read_bytes() if pictured else None,
+        distilled,
+        (folder / PREVIEW).read_bytes() if PREVIEW in held else None,
+        _card(folder / CARD) if CARD in held else None,
         {
             "distill": distill_command(path / "config.yaml"),
             "evaluate": evaluate_command(path, table, distilled),
         },
     )
+
+
+def _card(path: Path) -> str:
+    """The data card, cut off after as much as anyone reads."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        card = file.read(CARD_MAX + 1)
+    return card if len(card) <= CARD_MAX else f"{card[:CARD_MAX]}\n[cut off after {CARD_MAX:,} characters]"
 
 
 def write_page(path: Path, document: str) -> None:
@@ -139,18 +191,33 @@ def _fits(checks: Mapping[str, Check], value: Any) -> bool:
     return _mapping(value) and all(check(value.get(key)) for key, check in checks.items())
 
 
+def _maybe(check: Check) -> Check:
+    """`check`, or nothing at all."""
+    return lambda value: value is None or check(value)
+
+
+def _named_numbers(value: Any) -> bool:
+    return _mapping(value) and all(map(_number, value.values()))
+
+
+SCORED: dict[str, Check] = {name: _maybe(_number) for name in SCORES}
 ROW: dict[str, Check] = {
     "name": _text,
     "network": _text,
     "mean": _number,
-    "std": lambda value: value is None or _number(value),
+    "std": _maybe(_number),
     "ci95": lambda value: value is None or (_numbers(value) and len(value) == 2),
     "n": _whole,
     "values": _numbers,
-    "lr": lambda value: value is None or _number(value),
+    "lr": _maybe(_number),
     "steps": _whole,
-    "bytes": lambda value: _fits({"total": _whole}, value),
+    "bytes": lambda value: _fits({"total": _whole}, value) and all(map(_whole, value.values())),
     "network_spec": _mapping,
+    "train_seconds": _maybe(_number),
+    "ece": _maybe(_number),
+    "worst_class": _maybe(_number),
+    "per_class": _maybe(lambda value: type(value) is list and all(v is None or _number(v) for v in value)),
+    "robust": _maybe(_named_numbers),
 }
 TABLE: dict[str, Check] = {
     "dataset": _text,
@@ -158,7 +225,22 @@ TABLE: dict[str, Check] = {
     "seed": _whole,
     "recipe": _mapping,
     "rows": lambda value: type(value) is list,
+    "cost": _maybe(_mapping),
+    "seeds": _maybe(_whole),
+    "protocol_spec": _maybe(_mapping),
+    "scores": _maybe(
+        lambda value: (
+            _fits(SCORED | {"network": _maybe(_text), "components": _maybe(_mapping)}, value)
+            and _maybe(_scored_networks)(value.get("networks"))
+        )
+    ),
 }
+
+
+def _scored_networks(value: Any) -> bool:
+    return _mapping(value) and all(_fits(SCORED, scores) for scores in value.values())
+
+
 IDENTITY: dict[str, Check] = {
     "matcher": lambda value: _fits({"type": _text}, value),
     "dataset": lambda value: _fits({"name": _text, "shape": _numbers}, value),

@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import matchers
-from ddengine import data, loop, recipes
+from ddengine import data, evaluating, loop
 from ddengine.cli import main
 from ddengine.nets.core import NetSpec
 from ddengine.report import table_markdown
-from ddengine.runs import read_run
+from ddengine.rng import Rng
+from ddengine.runs import Run, read_run
 from ddengine.train import Recipe
-from ddengine.types import Budget, Task
+from ddengine.types import Budget, DataSpec, Task
+from synth import Pixels
 
 SMALL = NetSpec("convnet", width=3, depth=1)
 RECIPE = Recipe(steps=2, lrs=(0.02,), batch_size=11, augment="none")
@@ -45,7 +48,7 @@ def world(tmp_path_factory):
     for name in ("judged", "plain", "a <b>&|=x"):
         loop.distill(task, MATCHER, seed=len(name), out=root / name, schedule=SCHEDULE)
     for name in ("judged", "a <b>&|=x"):
-        recipes.evaluate(root / name, seeds=2, device="cpu", **judged)
+        evaluating.evaluate(root / name, seeds=2, device="cpu", **judged)
     loop.distill(task, matchers.make("random", SMALL), out=root / "stepless")
     assert main(["distill", *WORDS, f"out={root / COMMANDED}"]) == 0
     shutil.copytree(root / "plain", root / "unfinished", ignore=shutil.ignore_patterns("distilled"))
@@ -81,7 +84,7 @@ def test_evaluate_leaves_the_table_that_it_returns_beside_the_log(world, tmp_pat
     given = {"networks": [SMALL], "recipe": RECIPE, "rows": [], "device": "cpu", "out": tmp_path / "kept"}
     distilled = loop.DistilledSet.load(world / "stepless" / "distilled")
     for seed in (0, 1):
-        table = recipes.evaluate(distilled, dataset=renamed(), seeds=1, seed=seed, **given)
+        table = evaluating.evaluate(distilled, dataset=renamed(), seeds=1, seed=seed, **given)
         assert table_of(tmp_path / "kept") == table.to_json()
     assert table_of(tmp_path / "kept")["seed"] == 1
     assert len((tmp_path / "kept" / "results.jsonl").read_text().splitlines()) == 4
@@ -95,7 +98,7 @@ def test_markdown_has_settings_table_and_both_ends_of_each_curve(call, world):
     assert "| matcher | matchers.distribution.DistributionMatching |" in lines
     assert any(line.startswith("| options | steps 12, ") for line in lines)
     assert "| dataset | digits, images of 1x8x8, standard |" in lines
-    assert re.search(r"^\| bytes \| images 720, labels 10, extras 0, total 730 \|$", out, re.MULTILINE)
+    assert re.search(r"^\| distilled \| convnet \| 720 \| 10 \| 0 \| 730 \| [\d.]+ \| ", out, re.MULTILINE)
     assert table_markdown(table_of(world / "judged")) in out
     first, last = records[0]["loss"], records[-1]["loss"]
     assert f"| loss | {first:.4g} (step 3) | {last:.4g} (step 12) |" in lines
@@ -123,10 +126,45 @@ def test_json_is_one_object_of_what_the_files_hold(call, world):
         identity = json.loads((world / name / "run.json").read_text())["identity"]
         curves = {key: [[r["step"], r[key]] for r in log(world / name)] for key in ("loss", "lr")}
         table = table_of(world / name) if name == "judged" else None
-        wanted.append({"path": name, "run": identity, "table": table, "curves": curves})
+        costs = [{"name": "distilled", "network": None, "train_seconds": None}]
+        if table is not None:
+            costs = [{key: row[key] for key in ("name", "network", "train_seconds")} for row in table["rows"]]
+        made = json.loads((world / name / "distilled" / "manifest.json").read_text())["provenance"]
+        spent = {"distil_seconds": made["seconds"], "peak_memory_bytes": made["peak_memory_bytes"]}
+        parts = {"images": 720, "labels": 10, "extras": 0, "total": 730}
+        for number, cost in enumerate(costs):
+            cost |= dict.fromkeys(spent) if number else spent
+            cost["bytes"] = table["rows"][number]["bytes"] if number else parts
+        wanted.append({"path": name, "run": identity, "table": table, "curves": curves, "costs": costs})
     assert [step for step, _ in wanted[0]["curves"]["loss"]] == [3, 6, 9, 12]
     assert (code, err, out.count("\n")) == (0, "", 1)
-    assert json.loads(out) == {"runs": wanted}
+    assert json.loads(out) == {"runs": wanted, "comparison": None}
+
+
+def test_two_evaluated_runs_are_compared_and_a_comparison_can_be_had_alone(call, world, tmp_path):
+    names = ("judged", "a <b>&|=x")
+    values = [table_of(world / name)["rows"][0]["values"] for name in names]
+    code, out, _ = call("report", *names, "--json")
+    (found,) = json.loads(out)["comparison"]["comparisons"]
+    assert code == 0
+    assert found["values"] == [mine - theirs for mine, theirs in zip(*values, strict=True)]
+    code, out, _ = call("report", *names, "--html", str(tmp_path / "page.html"))
+    assert (code, out.count("## A against B")) == (0, 1)
+    assert "<h2>A against B</h2>" in (tmp_path / "page.html").read_text()
+    code, out, _ = call("report", "--compare", *names)
+    assert (code, out.splitlines()[0], "## " in out) == (0, "A: judged", False)
+    assert found["verdict"] in out
+
+
+def test_runs_that_cannot_be_compared_say_why_or_end_the_command(call, spoiled, world):
+    other = str(spoiled("table.json", json.dumps({**table_of(world / "judged"), "seed": 99})))
+    code, out, _ = call("report", "judged", other)
+    assert code == 0
+    assert "- these evaluations cannot be compared: root seed 0 in A and 99 in B" in out.splitlines()
+    code, out, err = call("report", "--compare", "judged", other)
+    assert (code, out, len(err.splitlines())) == (2, "", 2)
+    assert call("report", "--compare", "judged")[0] == 2
+    assert "plain is not evaluated" in call("report", "--compare", "judged", "plain")[2]
 
 
 @pytest.mark.parametrize("spelling", [["--html", "{}"], ["--html={}"]])
@@ -142,7 +180,10 @@ def test_html_overlays_the_runs_and_embeds_their_pictures(spelling, call, world,
     means = [row["mean"] for name in ("judged", "a <b>&|=x") for row in table_of(world / name)["rows"]]
     assert bars == [pytest.approx(100 * mean, abs=0.006) for mean in means]
     pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', document)
-    assert base64.b64decode(pictures[1]) == (world / "a <b>&|=x" / "distilled" / "preview.png").read_bytes()
+    assert len(pictures) == 20
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    cards = re.findall(r'<pre class="card"[^>]*>([^<]*)</pre>', document)
+    assert ["no guarantee of privacy is given" in card for card in cards] == [True, True]
     assert "<h2>a &lt;b&gt;&amp;|=x</h2>" in document
     assert "c3|&lt;b&gt;3" in document
     assert "<b>" not in document
@@ -198,16 +239,41 @@ def test_only_report_takes_a_page(call):
 ROW = {"name": "x", "network": "mlp", "mean": 0.5, "std": None, "ci95": None, "n": 1, "values": [0.5]}
 ROW |= {"lr": 0.1, "steps": 3, "bytes": {"total": 7}, "network_spec": {}}
 TABLE = {"dataset": "d", "protocol": "p", "seed": 0, "recipe": {}, "rows": [ROW]}
-BROKEN_ROWS = [{**ROW, key: value} for key, value in [
-    ("name", 3), ("mean", "0.5"), ("mean", True), ("std", []), ("ci95", [1.0]), ("ci95", ["a", "b"]),
-    ("n", 1.5), ("values", ["x"]), ("steps", None), ("bytes", {}), ("bytes", {"total": "7"}),
-    ("network_spec", 1),
+BROKEN_ROWS = [
+    {**ROW, key: value}
+    for key, value in [
+        ("name", 3),
+        ("mean", "0.5"),
+        ("mean", True),
+        ("std", []),
+        ("ci95", [1.0]),
+        ("ci95", ["a", "b"]),
+        ("n", 1.5),
+        ("values", ["x"]),
+        ("steps", None),
+        ("bytes", {}),
+        ("bytes", {"total": "7"}),
+        ("network_spec", 1),
+        ("bytes", {"total": 7, "images": "7"}),
+        ("train_seconds", "1"),
+        ("ece", "low"),
+        ("worst_class", [0.5]),
+        ("per_class", 0.5),
+        ("per_class", [0.5, "x"]),
+        ("robust", [0.5]),
+        ("robust", {"pgd": "x"}),
+    ]
+]
+BROKEN_TABLES = [{**TABLE, key: value} for key, value in [
+    ("cost", 3), ("seeds", "5"), ("protocol_spec", "p"), ("scores", []), ("scores", {"hlr": "x"}),
+    ("scores", {"network": 3}), ("scores", {"components": 3}), ("scores", {"networks": []}),
+    ("scores", {"networks": {"mlp": {"lrs": "x"}}}), ("rows", []), ("seed", "x"),
 ]]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "3", json.dumps({**TABLE, "rows": []}), json.dumps({**TABLE, "seed": "x"})]
+    ["", "{", "[]", "3", *map(json.dumps, BROKEN_TABLES)]
     + [json.dumps({**TABLE, "rows": [row]}) for row in [*BROKEN_ROWS, None]]
     + [json.dumps(TABLE).replace("0.5", "NaN")],
 )
@@ -215,6 +281,31 @@ def test_a_damaged_table_is_named(content, spoiled, call):
     code, out, err = call("report", str(spoiled("table.json", content)))
     assert (code, out, len(err.splitlines())) == (3, "", 2)
     assert "table.json is damaged" in err
+
+
+def test_a_table_that_knows_nothing_of_scores_and_measures_is_shown(spoiled, call, tmp_path):
+    folder = spoiled("table.json", json.dumps(TABLE))
+    code, out, _ = call("report", str(folder), "--html", str(tmp_path / "page.html"))
+    assert code == 0
+    assert "| x | mlp | 50.0 | - | 1 | 0.1 | 3 | 7 |" in out.splitlines()
+    assert "HLR" not in out and "HLR" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_of_one_run_stays_under_ten_megabytes_whatever_the_set_holds(tmp_path):
+    """A set of 600 images of noise, and a preview that is larger than its room."""
+    noise = torch.rand(600, 3, 64, 64, generator=Rng(0).torch("noise"))
+    spec = DataSpec("noise", (3, 64, 64), NAMES, (0.5,) * 3, (0.25,) * 3)
+    made = loop.DistilledSet.make(
+        Pixels(noise, torch.arange(10).repeat(60), spec), recipe={}, provenance={"seconds": 1.0}
+    )
+    run = Run(tmp_path, {}, None, {}, made, b"x" * (4 << 20), "card", {"distill": None, "evaluate": None})
+    shown = run.shown()
+    tiles = [len(row["tiles"]) for row in shown["sheet"]["rows"]]
+    assert (shown["preview"], len(set(tiles))) == (None, 1)
+    assert 200 < sum(tiles) < 600
+    assert sum(len(tile["png"]) for row in shown["sheet"]["rows"] for tile in row["tiles"]) < 6 << 20
+    half = [len(row["tiles"]) for row in run.shown(2)["sheet"]["rows"]]
+    assert half == [tiles[0] // 2] * 10
 
 
 @pytest.mark.parametrize(
