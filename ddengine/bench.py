@@ -3,6 +3,7 @@
 This is all that a worker process of the judge loads.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,30 @@ from ddengine.errors import DDError
 from ddengine.nets.core import NetSpec
 from ddengine.ops import kd
 from ddengine.rng import Rng
-from ddengine.train import Labeler, Recipe, accuracy, train
+from ddengine.robust import (
+    calibration_error,
+    corruption_accuracy,
+    per_class_accuracy,
+    pgd_accuracy,
+    probabilities,
+)
+from ddengine.sealed import Sealed
+from ddengine.train import Labeler, Probe, Recipe, accuracy, train
 from ddengine.types import Images
 
 Record = dict[str, Any]
 Key = tuple[str, int | None]  # a row and the number of a network, None for the trials
 SUBJECT, SAME_LABELS = "distilled", "random_same_labels"
 DRAWN_ANEW = ("random", "random_bytes", SAME_LABELS)  # rows with a fresh selection for each network
+HARD, PLAIN, RANDOM_PLAIN, CONVERGED = "distilled_hard", "distilled_plain", "random_plain", "full_converged"
+VARIANTS = {
+    HARD: SUBJECT,
+    PLAIN: SUBJECT,
+    RANDOM_PLAIN: "random",
+    CONVERGED: "full",
+}  # rows on others' images
+PASSES = 50  # over all the data, after which a network is taken to have converged
+PGD = "pgd"
 
 
 @dataclass(frozen=True)
@@ -30,13 +48,15 @@ class Bench:
     """What every job of one evaluation shares. `picks` holds indices into `fit` by row and network number.
 
     `labels` says how the set's labels come: "hard", "static" (stored) or "dynamic", asked of the `teachers`
-    at every step. `soft` has the teachers' logits of the picks of rows that are labelled so.
+    at every step. `soft` has the teachers' logits of the picks of rows that are labelled so. `robust` names
+    corruptions, and "pgd", under which finished networks are scored too. `looks` > 0 scores the best of so
+    many looks at the test part while a network trains, as some publications do; 0 the last step.
     """
 
     distilled: Images | Composites
     fit: Images
     validation: Images
-    test: Images
+    test: Sealed
     picks: Mapping[Key, Tensor]
     recipe: Recipe
     seed: int
@@ -45,18 +65,34 @@ class Bench:
     labels: str = "hard"
     teachers: tuple[nn.Module, ...] = ()
     soft: Mapping[Key, Tensor] = field(default_factory=dict)
+    robust: tuple[str, ...] = ()
+    severity: int = 3
+    looks: int = 0
 
     def training_set(self, row: str, index: int | None) -> Images | Composites:
         """The images that network `index` of `row` is trained on; None is the trials' own draw."""
+        if row in VARIANTS:
+            images = self.training_set(VARIANTS[row], index)
+            return replace(images, y=images.classes, y_kind="class") if row == HARD else images
         if row in (SUBJECT, "full"):
             return self.distilled if row == SUBJECT else self.fit
         key = row, index if row in DRAWN_ANEW else None
         chosen = self.fit.take(self.picks[key])
         return replace(chosen, y=self.soft[key], y_kind="logit") if key in self.soft else chosen
 
+    def recipe_of(self, row: str) -> Recipe:
+        """How networks of `row` are trained: as all are, but for what the row is there to show."""
+        if row in (PLAIN, RANDOM_PLAIN):
+            return replace(self.recipe, augment="none", mix="none")
+        if row == CONVERGED:
+            batch = min(self.recipe.batch_size, len(self.fit))
+            enough = PASSES * math.ceil(len(self.fit) / batch)
+            return replace(self.recipe, steps=max(self.recipe.steps, enough))
+        return self.recipe
+
     def labeler(self, row: str) -> Labeler | None:
         """What labels the batches of `row`: the teachers' mean logits; None where its images have labels."""
-        if self.labels != "dynamic" or row not in (SUBJECT, SAME_LABELS):
+        if self.labels != "dynamic" or row not in (SUBJECT, PLAIN, SAME_LABELS):
             return None
         return partial(kd.mean_logits, kd.placed(self.teachers, self.device))
 
@@ -76,20 +112,58 @@ def run_job(bench: Bench, job: Job) -> Record:
     """Train one network and score it; its streams depend on (seed, network, index), not on the row."""
     began = time.perf_counter()
     rng = Rng(bench.seed).fold("judge", job.network.name, "trial" if job.index is None else job.index)
-    images = bench.training_set(job.row, job.index)
-    labeler = bench.labeler(job.row)
-    net = train(job.network, images, bench.recipe, job.lr, rng, bench.device, bench.precision, labeler)
-    record = {"row": job.row, "network": job.label, "lr": job.lr, "steps": bench.recipe.steps}
+    recipe, looked = bench.recipe_of(job.row), list[float]()
+    net = train(
+        job.network,
+        bench.training_set(job.row, job.index),
+        recipe,
+        job.lr,
+        rng,
+        bench.device,
+        bench.precision,
+        bench.labeler(job.row),
+        None if job.index is None else _looking(bench, recipe, looked),
+    )
+    record = {"row": job.row, "network": job.label, "lr": job.lr, "steps": recipe.steps}
     if job.index is None:
-        score = {"kind": "trial", "validation": accuracy(net, bench.validation)}
+        score: Record = {"kind": "trial", "validation": accuracy(net, bench.validation)}
     else:
-        score = {"kind": "final", "index": job.index, "test": score_on_test(net, bench)}
+        score = {"kind": "final", "index": job.index, **scored_on_test(net, bench, rng)}
+        score["test"] = max([score["test"], *looked])
     return record | score | {"seconds": round(time.perf_counter() - began, 3)}
 
 
-def score_on_test(net: nn.Module, bench: Bench) -> float:
-    """Test accuracy of a finished network whose rate is chosen: the only place that reads the test part."""
-    return accuracy(net, bench.test)
+def _looking(bench: Bench, recipe: Recipe, looked: list[float]) -> Probe | None:
+    """What notes test accuracy `bench.looks` times on the way, the last step apart."""
+    if not bench.looks:
+        return None
+    every = max(1, recipe.steps // bench.looks)
+
+    def look(net: nn.Module, steps: int) -> None:
+        if steps % every == 0 and steps < recipe.steps:
+            looked.append(accuracy(net, bench.test.images))
+
+    return look
+
+
+def scored_on_test(net: nn.Module, bench: Bench, rng: Rng) -> Record:
+    """What a finished network, whose rate is chosen, is worth on the test part.
+
+    Accuracy, calibration error, the accuracy of each class, and what the bench's `robust` asks for.
+    """
+    images = bench.test.images
+    p, classes = probabilities(net, images), images.classes.cpu()
+    found: Record = {
+        "test": (p.argmax(1) == classes).double().mean().item(),
+        "ece": calibration_error(p, classes),
+        "per_class": per_class_accuracy(p, classes, len(images.spec.classes)),
+    }
+    if bench.robust:
+        names = [name for name in bench.robust if name != PGD]
+        found["robust"] = corruption_accuracy(net, images, names, bench.severity, rng.fold("robust"))
+        if PGD in bench.robust:
+            found["robust"][PGD] = pgd_accuracy(net, images, rng.fold("robust"))
+    return found
 
 
 def tensors_of(images: Images | Composites) -> dict[str, Tensor]:
@@ -99,8 +173,8 @@ def tensors_of(images: Images | Composites) -> dict[str, Tensor]:
 
 def share(bench: Bench) -> None:
     """Put the tensors that workers read into shared memory (DDError where there is too little of it)."""
-    parts = (bench.distilled, bench.fit, bench.validation, bench.test)
-    held = [tensor for part in parts for tensor in tensors_of(part).values()]
+    parts = (bench.distilled, bench.fit, bench.validation)
+    held = [tensor for part in parts for tensor in tensors_of(part).values()] + bench.test.tensors()
     try:
         for tensor in [*held, *bench.picks.values(), *bench.soft.values()]:
             tensor.share_memory_()

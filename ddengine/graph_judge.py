@@ -33,6 +33,7 @@ from ddengine.nets.graph import build_graph_networks, resolve_graph
 from ddengine.ops.dag import Trees, histogram, trees_of
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
+from ddengine.scores import table_scores
 from ddengine.tables import PROTOCOL, Row, Table, cost_of, label_networks
 from synth.forest import as_stored
 from synth.graph_starts import GRAPH_SELECTIONS, per_class, within_bytes
@@ -138,7 +139,15 @@ def evaluate_graphs(
     cost = cost_of(distilled.manifest)
     trained = seeds if protocol == PAPER else None
     return Table(
-        dataset.spec.name, tuple(table), recipe, seed, cost, matches, protocol=protocol, seeds=trained
+        dataset.spec.name,
+        tuple(table),
+        recipe,
+        seed,
+        cost,
+        matches,
+        scores=table_scores(table, decoded.y_kind != "class" if isinstance(decoded, Trees) else False),
+        protocol=protocol,
+        seeds=trained,
     )
 
 

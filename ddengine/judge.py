@@ -1,8 +1,8 @@
-"""The judge: protocol `standard-v1` retrains fresh networks on a distilled set and on its rivals.
+"""The judge: fresh networks are trained on a distilled set and on its rivals, by one protocol.
 
 Every row gets the same recipe, steps, trials, weights, batches and augmentation; validation chooses the rate
-and the test part is scored once for each trained network. Where a set has its labels from teachers, so has
-one of its rivals. The judge knows nothing of how a set was made.
+and the test part, sealed until then, is scored once for each trained network. Where a set has its labels from
+teachers, so has one of its rivals. The judge knows nothing of how a set was made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddengine.bench import SAME_LABELS, SUBJECT, Bench, Job, Record, run_job, share, tensors_of
+from ddengine.bench import (
+    HARD,
+    PGD,
+    SAME_LABELS,
+    SUBJECT,
+    VARIANTS,
+    Bench,
+    Job,
+    Record,
+    run_job,
+    share,
+    tensors_of,
+)
 from ddengine.composites import Composites
 from ddengine.data import Dataset
 from ddengine.errors import UsageError, require, require_positive
+from ddengine.keeping import Keeping
+from ddengine.kept import Kept
 from ddengine.nets import build, family, resolve
 from ddengine.nets.core import NetSpec
 from ddengine.parallel import job_pool, one_thread
+from ddengine.protocols import BEST_ON_TEST, STANDARD, Protocol
 from ddengine.rivals import (
     KNOWN,
     Judged,
@@ -30,8 +45,11 @@ from ddengine.rivals import (
     usual_rows,
 )
 from ddengine.rng import Rng
-from ddengine.tables import Row, Table, cost_of, label_networks
-from ddengine.train import Recipe, recipe_of
+from ddengine.robust import CORRUPTIONS, SEVERITIES
+from ddengine.scores import table_scores
+from ddengine.sealed import Sealed
+from ddengine.tables import Row, Table, cost_of, label_networks, measures_of
+from ddengine.train import Recipe
 from ddengine.types import Images
 
 Log = Callable[[Record], None]
@@ -43,10 +61,14 @@ def evaluate(
     dataset: Dataset,
     *,
     networks: Sequence[NetSpec],
-    seeds: int = 5,
+    protocol: Protocol = STANDARD,
+    seeds: int | None = None,
     seed: int = 0,
     rows: Sequence[str] | None = None,
     recipe: Recipe | None = None,
+    robust: Sequence[str] = (),
+    severity: int = 3,
+    kept: Kept | None = None,
     teachers: Sequence[nn.Module] = (),
     workers: int = 1,
     device: str = "cpu",
@@ -54,49 +76,70 @@ def evaluate(
     log: Log | None = None,
     on_progress: Progress | None = None,
 ) -> Table:
-    """Judge `distilled` beside `rows` by `standard-v1` with `seeds` fresh networks of each kind.
+    """Judge `distilled` beside `rows` by `protocol` with `seeds` fresh networks of each kind.
 
-    The result is a function of the set, the data, `networks`, `seeds`, `seed`, `rows`, `recipe` (None: what
-    the set's manifest asks for) and `teachers` (networks in eval mode), not of `workers`. `log` gets one
-    record for each trained network (trials too), `on_progress` the networks done and their number. Raises
-    UsageError for an empty validation or test part, a set of other classes or shape, an unknown row, labels
-    without their teachers; ArtefactError for a manifest that asks for the impossible; DDError when a worker
-    process dies.
+    The result is a function of the set, the data and all arguments but `workers` and `kept`, where rows that
+    depend on data and recipe alone are looked up and left. `recipe` None is what the protocol makes of the
+    set's manifest, `seeds` None the protocol's; `robust` names corruptions (`ddengine.robust.CORRUPTIONS`),
+    and "pgd", under which finished networks are scored too, at `severity` 1 to 5; `teachers` are networks in
+    eval mode. `log` gets one record for each trained network (trials too), `on_progress` the networks done
+    and their number. Raises UsageError for an empty validation or test part, a set of other classes or shape,
+    an unknown row, labels without their teachers; ArtefactError for a manifest that asks for the impossible;
+    DDError when a worker process dies.
     """
-    recipe = recipe or recipe_of(distilled.manifest, dataset.fit.spec.name)
-    labels = label_mode(distilled.manifest)
-    rows = usual_rows(labels, bool(teachers)) if rows is None else rows
+    labels, seeds = label_mode(distilled.manifest), protocol.seeds if seeds is None else seeds
+    subject = _subject(distilled)
+    recipe = recipe or protocol.recipe_for(
+        distilled.manifest, dataset.fit.spec.name, len(subject), labels == "dynamic"
+    )
+    augmented = (recipe.augment, recipe.mix) != ("none", "none")
+    rows = usual_rows(labels, bool(teachers), augmented) if rows is None else rows
     _check(dataset, networks, rows, seeds, seed)
+    _check_robust(robust, severity)
     _check_teachers(dataset.fit, rows, labels, teachers)
+    settings: dict[str, Any] = {"device": device, "precision": precision, "recipe": recipe, "labels": labels}
+    settings |= {"robust": tuple(robust), "severity": severity, "teachers": tuple(teachers)}
+    settings["looks"] = protocol.looks if protocol.select == BEST_ON_TEST else 0
     with one_thread():
-        bench = _bench(
-            distilled,
-            dataset,
-            rows,
-            seeds,
-            seed,
-            device=device,
-            precision=precision,
-            recipe=recipe,
-            labels=labels,
-            teachers=tuple(teachers),
-        )
+        bench = _bench(distilled, subject, dataset, rows, seeds, seed, **settings)
     if workers > 1:
         share(bench)
     names, shown = (SUBJECT, *rows), label_networks(networks)
     pairs = [(net, label, row) for net, label in zip(networks, shown, strict=True) for row in names]
-    rates = {row: trial_rates(recipe, learned_rate(distilled) if row == SUBJECT else None) for row in names}
-    total = sum(len(rates[row]) + seeds for _, _, row in pairs)
-    report = _reporter(log, on_progress, total)
-    trials = [Job(net, label, row, lr) for net, label, row in pairs for lr in rates[row]]
+    rates = {row: _rates(protocol, recipe, distilled, row) for row in names}
+    searched = protocol.rates == "validation"
+    trials = [Job(net, label, row, lr) for net, label, row in pairs for lr in rates[row] if searched]
+    report = _reporter(log, on_progress, len(trials) + len(pairs) * seeds)
+    keeping = Keeping(bench, kept)
     with job_pool(run_job, bench, workers) as results:
-        tried = [report(record) for record in results(trials)]
-        chosen = {(label, row): choose(tried, label, row) for _, label, row in pairs}
+        tried = [report(record) for record in keeping.run(results, trials)]
+        chosen = {
+            (label, row): choose(tried, label, row) if searched else rates[row][0] for _, label, row in pairs
+        }
+        bench.test.unseal()
         finals = [Job(*pair, chosen[pair[1:]], i) for pair in pairs for i in range(seeds)]
-        scored = [report(record) for record in results(finals)]
-    table = [_row(bench, distilled, net, label, row, tried + scored) for net, label, row in pairs]
-    matches = _source_matches(bench.distilled, dataset.fit)
-    return Table(dataset.fit.spec.name, tuple(table), recipe, seed, cost_of(distilled.manifest), matches)
+        scored = [report(record) for record in keeping.run(results, finals)]
+    table = tuple(_row(bench, distilled, net, label, row, tried + scored) for net, label, row in pairs)
+    return Table(
+        dataset.fit.spec.name,
+        table,
+        recipe,
+        seed,
+        cost_of(distilled.manifest),
+        _source_matches(bench.distilled, dataset.fit),
+        scores=table_scores(table, labels != "hard"),
+        protocol=protocol.name,
+        protocol_spec=protocol.to_dict(),
+    )
+
+
+def _rates(protocol: Protocol, recipe: Recipe, distilled: Judged, row: str) -> tuple[float, ...]:
+    """The rates of a row: those to try, or the one that the protocol fixes."""
+    learned = learned_rate(distilled) if VARIANTS.get(row, row) == SUBJECT else None
+    if protocol.rates == "learned":  # every row, as the publication's own rivals, takes the set's rate
+        rate = learned_rate(distilled)
+        return (recipe.lrs[0] if rate is None else rate,)
+    return trial_rates(recipe, learned) if protocol.rates == "validation" else recipe.lrs
 
 
 def choose(tried: Sequence[Record], label: str, row: str) -> float:
@@ -135,10 +178,19 @@ def _check(dataset: Dataset, networks: Sequence[NetSpec], rows: Sequence[str], s
         raise UsageError("networks or rows are empty or repeat one another", "Give each network and row once")
 
 
+def _check_robust(robust: Sequence[str], severity: int) -> None:
+    for name in robust:
+        require(name, (*CORRUPTIONS, PGD), "robust")
+    if robust:
+        require(severity, SEVERITIES, "severity")
+
+
 def _check_teachers(fit: Images, rows: Sequence[str], labels: str, teachers: Sequence[nn.Module]) -> None:
     if not teachers and (labels == "dynamic" or SAME_LABELS in rows):
         what = f"row '{SAME_LABELS}'" if SAME_LABELS in rows else "a set with dynamic labels"
         raise UsageError(f"{what} needs teachers and there are none", "Give experts=DIR, a buffer of them")
+    if HARD in rows and labels == "hard":
+        raise UsageError(f"row '{HARD}' of a set with hard labels", "Leave it out, distilled is the same")
     if SAME_LABELS in rows and labels == "hard":
         raise UsageError(f"row '{SAME_LABELS}' of a set with hard labels", "Give row random_bytes, the same")
     for number, teacher in enumerate(teachers):
@@ -154,10 +206,16 @@ def _check_teachers(fit: Images, rows: Sequence[str], labels: str, teachers: Seq
 
 
 def _bench(
-    distilled: Judged, dataset: Dataset, rows: Sequence[str], seeds: int, seed: int, **settings: Any
+    distilled: Judged,
+    images: Images | Composites,
+    dataset: Dataset,
+    rows: Sequence[str],
+    seeds: int,
+    seed: int,
+    **settings: Any,
 ) -> Bench:
     """All that jobs share; the whole evaluation takes place in the set's own model-input space."""
-    images, spec = _subject(distilled), dataset.fit.spec
+    spec = dataset.fit.spec
     if (images.spec.shape, images.spec.classes) != (spec.shape, spec.classes):
         raise UsageError(
             f"the set holds {images.spec.shape} images of {len(images.spec.classes)} classes, "
@@ -171,7 +229,7 @@ def _bench(
     rng = Rng(seed).fold("judge", "pick")
     picks = dict(draw(distilled, fit, rows, labels, len(images), seeds, rng))
     soft = label_picks(fit, picks, teachers, device, distilled) if labels == "static" else {}
-    return Bench(images, fit, validation, test, picks, seed=seed, soft=soft, **settings)
+    return Bench(images, fit, validation, Sealed(test), picks, seed=seed, soft=soft, **settings)
 
 
 def _subject(distilled: Judged) -> Images | Composites:
@@ -205,27 +263,28 @@ def _row(
     finals = [record for record in mine if record["kind"] == "final"]
     count = len(bench.training_set(row, None))
     cost = label_cost(row, bench.labels, distilled, len(bench.fit.spec.classes))
-    spec = resolve(net, bench.fit.spec.shape)
+    spec, own = resolve(net, bench.fit.spec.shape), VARIANTS.get(row, row) == SUBJECT
     return Row(
         name=row,
         network=label,
         values=tuple(record["test"] for record in finals),
-        steps=bench.recipe.steps,
-        nbytes=dict(distilled.nbytes) if row == SUBJECT else real_bytes(bench.fit, count, *cost),
+        steps=finals[0]["steps"],
+        nbytes=dict(distilled.nbytes) if own else real_bytes(bench.fit, count, *cost),
         lr=finals[0]["lr"],
         trials=tuple({"lr": record["lr"], "validation": record["validation"]} for record in trials),
         train_seconds=round(sum(record["seconds"] for record in mine), 3),
         count=count,
-        ipc=_ipc(distilled, row, count / len(bench.fit.spec.classes)),
+        ipc=_ipc(distilled, own, count / len(bench.fit.spec.classes)),
         network_spec=spec.to_dict(),
         seen_by_matcher=seen_by(distilled.manifest, spec),
+        measures=measures_of(finals),
     )
 
 
-def _ipc(distilled: Judged, row: str, each: float) -> float:
+def _ipc(distilled: Judged, own: bool, each: float) -> float:
     """Images of a class: of the set what its manifest says, since composites cost less than images."""
     said = (distilled.manifest.get("budget") or {}).get("ipc")
-    return float(said) if row == SUBJECT and type(said) is int else round(each, 2)
+    return float(said) if own and type(said) is int else round(each, 2)
 
 
 def seen_by(manifest: Mapping[str, Any], spec: NetSpec) -> bool | None:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ddengine.bench import DRAWN_ANEW, SAME_LABELS, Key
+from ddengine.bench import DRAWN_ANEW, HARD, PLAIN, RANDOM_PLAIN, SAME_LABELS, SUBJECT, VARIANTS, Key
 from ddengine.errors import ArtefactError
 from ddengine.ops.kd import soft_labels
 from ddengine.rng import Rng
@@ -15,7 +15,7 @@ from synth.labels import decode_labels, encode_labels, label_codec, label_row_by
 from synth.starts import SELECTIONS, random_total
 
 ROWS = ("random", "random_bytes", "herding", "kmeans", "full")
-KNOWN = (*SELECTIONS, "random_bytes", SAME_LABELS, "full")
+KNOWN = (*SELECTIONS, "random_bytes", SAME_LABELS, "full", *VARIANTS)
 
 
 @runtime_checkable
@@ -37,9 +37,13 @@ class Judged(Protocol):
     def decode(self) -> Images: ...
 
 
-def usual_rows(labels: str, teachers: bool) -> tuple[str, ...]:
-    """The rows that a set with such labels is judged beside, given its teachers or not."""
-    return (*ROWS, SAME_LABELS) if teachers and labels != "hard" else ROWS
+def usual_rows(labels: str, teachers: bool, augmented: bool = False) -> tuple[str, ...]:
+    """The rows that a set with such labels is judged beside, given its teachers or not.
+
+    Where networks train on `augmented` images, two more train without, for the augmentation-robust score.
+    """
+    soft = ((SAME_LABELS,) if teachers else ()) + (HARD,) if labels != "hard" else ()
+    return (*ROWS, *soft, *((PLAIN, RANDOM_PLAIN) if augmented else ()))
 
 
 def label_mode(manifest: Mapping[str, Any]) -> str:
@@ -99,7 +103,9 @@ def draw(
     """
     classes = len(fit.spec.classes)
     ipc = _ipc(distilled.manifest, images, classes)
-    for row in rows:
+    for row in dict.fromkeys(VARIANTS.get(row, row) for row in rows):
+        if row == SUBJECT:
+            continue
         label, teachers = label_cost(row, labels, distilled, classes)
         count = count_for_bytes(distilled.nbytes["total"] - teachers, fit, label)
         for index in (None, *range(seeds)) if row in DRAWN_ANEW else (None,):

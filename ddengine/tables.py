@@ -35,6 +35,22 @@ def _spelled(net: NetSpec) -> str:
     return f"{net.name}({', '.join(given)})" if given else net.name
 
 
+def measures_of(finals: Sequence[Record]) -> Record:
+    """Means over networks of calibration error, worst class, each class, and accuracies under corruptions."""
+    if not finals or "ece" not in finals[0]:
+        return {}
+    each = [record["per_class"] for record in finals]
+    found: Record = {
+        "ece": fmean(record["ece"] for record in finals),
+        "worst_class": fmean(min(v for v in values if v is not None) for values in each),
+        "per_class": [None if values[0] is None else fmean(values) for values in zip(*each, strict=True)],
+    }
+    if "robust" in finals[0]:
+        names = finals[0]["robust"]
+        found["robust"] = {name: fmean(record["robust"][name] for record in finals) for name in names}
+    return found
+
+
 def cost_of(manifest: Mapping[str, Any]) -> Record:
     """What distillation cost, from the set's provenance; None where that is not recorded."""
     provenance = manifest.get("provenance") or {}
@@ -53,7 +69,8 @@ class Row:
     """One training set under one network: test scores of fresh networks and what they cost.
 
     `values` are fractions, one for each seed; `trials` the validation accuracy at each rate; `nbytes` the
-    bytes of images, labels and extras; `train_seconds` the sum over all networks of the row.
+    bytes of images, labels and extras; `train_seconds` the sum over all networks of the row. `measures` are
+    what else is known of its networks, as means over them (`measures_of`).
     """
 
     name: str
@@ -69,6 +86,7 @@ class Row:
     network_spec: Record
     seen_by_matcher: bool | None = None
     metric: str = "accuracy"
+    measures: Record = field(default_factory=dict)
 
     def to_json(self) -> Record:
         """The row as plain JSON values, statistics included."""
@@ -79,7 +97,7 @@ class Row:
         choice = {"lr": self.lr, "trials": [dict(trial) for trial in self.trials]}
         size = {"count": self.count, "ipc": int(self.ipc) if self.ipc == int(self.ipc) else self.ipc}
         net = {"network_spec": self.network_spec, "seen_by_matcher": self.seen_by_matcher}
-        return head | body | cost | choice | size | net
+        return head | body | cost | choice | size | net | dict(self.measures)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ class Table:
     scores: Record = field(default_factory=dict)
     protocol: str = PROTOCOL
     seeds: int | None = None  # networks of each kind, where not all of them are reported
+    protocol_spec: Record = field(default_factory=dict)
 
     def to_json(self) -> Record:
         """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
@@ -102,4 +121,5 @@ class Table:
         head = {"protocol": self.protocol, "dataset": self.dataset, "rows": rows, "scores": dict(self.scores)}
         setting = {"recipe": self.recipe.to_dict(), "seed": self.seed, "cost": self.cost}
         trained = {} if self.seeds is None else {"seeds": self.seeds}
-        return head | setting | trained | {"source_matches": self.source_matches}
+        spec = {"protocol_spec": dict(self.protocol_spec)} if self.protocol_spec else {}
+        return head | setting | trained | {"source_matches": self.source_matches} | spec

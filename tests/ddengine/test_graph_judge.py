@@ -123,7 +123,12 @@ def test_json_has_the_documented_shape_and_survives_a_round_trip(name, runs):
     table = runs[name].table
     assert json.loads(json.dumps(table, allow_nan=False)) == table
     assert {"protocol", "dataset", "rows", "scores"} <= set(table)
-    assert (table["protocol"], table["dataset"], table["scores"]) == ("standard-v1", name, {})
+    assert (table["protocol"], table["dataset"]) == ("standard-v1", name)
+    scores, key = table["scores"], (table["scores"]["network"], "accuracy")
+    means = {row["name"]: row["mean"] for row in table["rows"] if (row["network"], row["metric"]) == key}
+    rival = scores["components"]["rows"]["rival"]
+    assert scores["ior"] == pytest.approx(means["distilled"] - means[rival])
+    assert scores["ars"] is None
     for row in table["rows"]:
         assert set(row) >= KEYS
         assert row["n"] == len(row["values"])
@@ -437,7 +442,7 @@ def of_one_class(dataset, part):
         ({"dataset": lambda d: of_one_class(d, "test")}, "one class only"),
         ({"dataset": lambda d: of_one_class(d, "validation")}, "one class only"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_judged_is_refused_before_anything_is_trained(wrong, match, three, trained):
     distilled, dataset = forest(three), wrong.get("dataset", lambda d: d)(three)

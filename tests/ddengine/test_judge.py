@@ -26,7 +26,8 @@ from synth.starts import random
 MLP = NetSpec("mlp", width=11)
 CONVNET = NetSpec("convnet", width=5, depth=2)
 TINY = Recipe(steps=3, lrs=(0.01, 0.1), batch_size=64, augment="color_scale")
-NAMES = ("distilled", *ROWS)
+PLAIN = ("distilled_plain", "random_plain")
+NAMES = ("distilled", *ROWS, *PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,9 @@ def test_the_stored_set_is_what_the_judge_accepts(distilled):
 def test_json_has_the_documented_shape_and_survives_a_round_trip(run):
     table = run.table
     assert json.loads(json.dumps(table, allow_nan=False)) == table
-    assert (table["protocol"], table["dataset"], table["scores"]) == ("standard-v1", "digits", {})
+    assert (table["protocol"], table["dataset"]) == ("standard-v1", "digits")
+    assert set(table["scores"]) >= {"hlr", "ior", "lrs", "ars"} and table["scores"]["network"] == "mlp"
+    assert table["protocol_spec"]["version"] == 1 and table["protocol_spec"]["rates"] == "validation"
     assert [(row["network"], row["name"]) for row in table["rows"]] == [
         (net, name) for net in ("mlp", "convnet") for name in NAMES
     ]
@@ -116,10 +119,10 @@ def test_every_row_gets_the_same_steps_and_number_of_trials(run):
 def test_the_log_has_a_record_for_each_network_and_progress_reaches_its_total(run):
     trials = [r for r in run.log if r["kind"] == "trial"]
     finals = [r for r in run.log if r["kind"] == "final"]
-    assert (len(trials), len(finals)) == (2 * 6 * 2, 2 * 6 * 2)
+    assert (len(trials), len(finals)) == (2 * 8 * 2, 2 * 8 * 2)
     assert all("validation" in r and "test" not in r for r in trials)
     assert all("test" in r and "validation" not in r for r in finals)
-    assert run.progress == [(i, 48) for i in range(1, 49)]
+    assert run.progress == [(i, 64) for i in range(1, 65)]
 
 
 def test_families_that_the_matcher_used_are_marked(run):
@@ -160,9 +163,10 @@ def test_shuffled_test_labels_change_nothing_but_test_accuracy(distilled, digits
 
 def test_the_test_part_is_scored_once_for_each_network_after_all_trials(distilled, digits, monkeypatch):
     seen = []
-    real = ddengine.bench.accuracy
-    spy = lambda net, images: seen.append(len(images)) or real(net, images)
-    monkeypatch.setattr(ddengine.bench, "accuracy", spy)
+    for name in ("accuracy", "probabilities"):
+        real = getattr(ddengine.bench, name)
+        spy = lambda net, images, real=real: seen.append(len(images)) or real(net, images)
+        monkeypatch.setattr(ddengine.bench, name, spy)
     judged(distilled, digits, rows=("random",), seeds=3)
     assert seen == [len(digits.validation)] * 4 + [len(digits.test)] * 6
 
@@ -351,7 +355,7 @@ def trained_on(monkeypatch):
     seen, real = [], ddengine.bench.train
 
     def spy(spec, images, *rest):
-        seen.append((images, rest[-1]))
+        seen.append((images, rest[-2]))
         return real(spec, images, *rest)
 
     monkeypatch.setattr(ddengine.bench, "train", spy)
@@ -376,7 +380,7 @@ def test_every_row_of_a_distillation_takes_the_same_steps_and_passes(digits, tea
     monkeypatch.setattr(ddengine.train, "build", build_counting)
     made = composed(digits.fit, teachers, mode)
     table = judged(made, digits, recipe=KD, teachers=teachers, rows=None).table
-    names = ["distilled", *ROWS, SAME]
+    names = ["distilled", *ROWS, SAME, "distilled_hard", *PLAIN]
     assert [found["name"] for found in table["rows"]] == names
     networks = 1 + 2  # one trial and two finals of four steps each
     assert {name: len(counted["steps"][name]) for name in names} == dict.fromkeys(names, 4 * networks)
@@ -443,7 +447,7 @@ def test_judging_leaves_the_teachers_alone(digits, teachers):
 def test_without_teachers_the_usual_rows_have_hard_labels_only(digits, teachers):
     static = composed(digits.fit, teachers, "static")
     names = [row["name"] for row in judged(static, digits, recipe=KD, seeds=1, rows=None).table["rows"]]
-    assert names == list(NAMES)
+    assert names == ["distilled", *ROWS, "distilled_hard", *PLAIN]
     hard = judged(packed(digits.fit), digits, teachers=teachers, seeds=1, rows=None).table["rows"]
     assert [row["name"] for row in hard] == list(NAMES)
 
@@ -483,3 +487,53 @@ def test_the_label_mode_is_what_the_manifest_says_or_the_kind_of_its_labels(kind
 def test_a_label_mode_that_the_labels_belie_is_refused(kind, said):
     with pytest.raises(ArtefactError, match=f"recipe.labels={said}"):
         label_mode({"y_kind": kind, "recipe": {"labels": said}})
+
+
+def test_rows_on_the_same_images_differ_in_what_they_are_there_to_show(digits, teachers, monkeypatch):
+    seen, real = [], ddengine.bench.train
+    spy = lambda spec, images, *rest: seen.append((images, rest[0])) or real(spec, images, *rest)
+    monkeypatch.setattr(ddengine.bench, "train", spy)
+    made = composed(digits.fit, teachers, "static")
+    rows = ("random", "distilled_hard", "distilled_plain", "random_plain", "full_converged")
+    table = judged(made, digits, recipe=KD, rows=rows, seeds=1).table
+    own, drawn, hard, plain, drawn_plain, full = seen[:6]
+    assert torch.equal(hard[0].y, made.made.y.argmax(1)) and hard[0].y_kind == "class" and hard[1] == KD
+    assert plain[0] is own[0] and torch.equal(drawn[0].x, drawn_plain[0].x)
+    for _, recipe in (plain, drawn_plain):
+        assert recipe == replace(KD, augment="none", mix="none") != KD
+    passes = full[1].steps * KD.batch_size / len(digits.fit)
+    assert 50 <= passes < 50 + 50 * KD.batch_size / len(digits.fit)
+    steps = {row["name"]: row["steps"] for row in table["rows"]}
+    assert steps.pop("full_converged") == full[1].steps and set(steps.values()) == {KD.steps}
+    size = {row["name"]: (row["count"], row["bytes"]["total"]) for row in table["rows"]}
+    assert size["distilled_hard"] == size["distilled_plain"] == size["distilled"]
+    assert size["random_plain"] == size["random"] and size["full_converged"][0] == len(digits.fit)
+
+
+def test_scores_and_measures_are_those_of_the_table(run, digits):
+    means = {(row["network"], row["name"]): row["mean"] for row in run.table["rows"]}
+    scores = run.table["scores"]
+    for net in ("mlp", "convnet"):
+        hlr = means[net, "full"] - means[net, "distilled"]
+        ior = means[net, "distilled"] - means[net, "random"]
+        found = scores["networks"][net]
+        assert (found["hlr"], found["ior"]) == (pytest.approx(hlr), pytest.approx(ior))
+        alpha = (ior - hlr) / 2
+        assert found["lrs"] == pytest.approx((np.exp(alpha) - np.exp(-1)) / (np.e - np.exp(-1)))
+        plain = means[net, "distilled_plain"] - means[net, "random_plain"]
+        beta = (ior + plain) / 2
+        assert found["ars"] == pytest.approx((np.exp(beta) - np.exp(-1)) / (np.e - np.exp(-1)))
+    counts = np.bincount(digits.test.y.numpy())
+    for row in run.table["rows"]:
+        assert np.dot(row["per_class"], counts) / counts.sum() == pytest.approx(row["mean"])
+        assert 0 <= row["worst_class"] <= min(row["per_class"]) + 1e-12 and 0 <= row["ece"] <= 1
+
+
+def test_robustness_is_measured_where_it_is_asked_for(distilled, digits):
+    given = {"rows": ("random",), "seeds": 2, "robust": ("contrast", "pgd"), "severity": 5}
+    rows = judged(distilled, digits, **given).table["rows"]
+    assert all(set(row["robust"]) == {"contrast", "pgd"} for row in rows)
+    assert all(row["robust"]["pgd"] <= row["mean"] for row in rows)
+    for wrong in ({"robust": ("fog",)}, {"robust": ("pgd",), "severity": 6}):
+        with pytest.raises(UsageError, match="unknown robust 'fog'|unknown severity '6'"):
+            judged(distilled, digits, rows=(), **wrong)
