@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddengine.evaluating import evaluate
     from ddengine.loop import Result, Schedule, distill
-    from ddengine.recipes import evaluate, matcher, task
+    from ddengine.recipes import matcher, task
     from ddengine.types import Budget, DataSpec, Images, Task
 
 __version__ = "0.1.0"
@@ -27,7 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("task", "matcher", "evaluate"), "ddengine.recipes"),
+    **dict.fromkeys(("task", "matcher"), "ddengine.recipes"),
+    "evaluate": "ddengine.evaluating",
     **dict.fromkeys(("distill", "Result", "Schedule"), "ddengine.loop"),
     **dict.fromkeys(("Budget", "DataSpec", "Images", "Task"), "ddengine.types"),
 }

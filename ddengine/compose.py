@@ -21,11 +21,13 @@ from ddengine import catalog
 from ddengine.config import COMMANDS, DatasetConfig, GraphDatasetConfig, NetworkConfig
 from ddengine.data import GRAPH_COLLECTIONS
 from ddengine.errors import UsageError, unknown
+from ddengine.nets import GRAPH_GRID, GRID, find_network, import_network, is_import_path
 from expert_buffers.recipes import RECIPES, ExpertRecipe
 
 GROUPS = ("dataset", "matcher", "network", "recipe", "row")
-UNFIT = (("buffer", True), ("import", True), ("evaluate", True), ("evaluate_graphs", False))  # takes graphs
-PATHS = ("out", "dataset.root", "experts")  # taken as typed, so that no path needs quotes
+IMAGES = ("buffer", "import", "import_set", "evaluate", "audit", "downstream_continual", "downstream_nas")
+UNFIT = (*((command, True) for command in IMAGES), ("evaluate_graphs", False))  # takes graphs
+PATHS = ("out", "dataset.root", "experts", "kept", "protocol")  # taken as typed, so that no path needs quotes
 
 
 def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Any:
@@ -35,6 +37,8 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
     defaults of its options go too. Raises UsageError for a syntax error, an unknown key or choice (with the
     nearest known one), a wrong type or a missing value.
     """
+    overrides = [_grid(command) if text == "networks=grid" else text for text in overrides]
+    _import_networks(_parse(overrides))
     parsed = _parse([*_still_meant(defaults or {}, overrides), *overrides])
     choices = [o for o in parsed if o.key_or_group in _groups(command)]
     plain = [o for o in parsed if o not in choices]
@@ -55,6 +59,21 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
         key = min(missing, key=len)
         raise UsageError(f"{_typed(command)} needs {key}", f"Give {_example(key)}")
     return found
+
+
+def _grid(command: str) -> str:
+    """The override for `networks=grid`: the usual networks, each of another family."""
+    return f"networks=[{','.join(GRAPH_GRID if command.endswith('_graphs') else GRID)}]"
+
+
+def _import_networks(overrides: Sequence[Override]) -> None:
+    """Import the networks that a person names by import path (never one that an artefact names)."""
+    for override in overrides:
+        if override.key_or_group in ("network", "networks"):
+            value = override.value()
+            for name in value if isinstance(value, list) else [value]:
+                if is_import_path(str(name)):
+                    import_network(str(name))
 
 
 def spelled(key: str, value: Any) -> str:
@@ -182,6 +201,9 @@ def _check_choice(command: str, choice: Override) -> None:
         said = f"dataset={value} holds {holds}; what is to be done takes {takes}"
         raise UsageError(said, f"Give a dataset of {takes}; ddengine list datasets shows them")
     if isinstance(value, str) and value in catalog.KINDS.get(f"{group}s", ()):
+        return
+    if group == "network" and isinstance(value, str):
+        find_network(value)
         return
     if not isinstance(value, str) or value not in _known(group):
         raise unknown(group, (choice.input_line or "").partition("=")[2], _known(group))

@@ -165,21 +165,117 @@ class ImportConfig:
 
 
 @dataclass
+class SourceConfig:
+    """How to read another tool's files: `space` auto, pixels, normalised or zca; a rate; one of several."""
+
+    space: str = "auto"
+    lr: float | None = None
+    experiment: int | None = None
+
+
+@dataclass
+class ImportSetConfig:
+    """`ddengine import FILE ...` of a distilled set: what it was made from, and with which network."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    source: SourceConfig = field(default_factory=SourceConfig)
+    out: str = MISSING
+
+
+@dataclass
+class ExportConfig:
+    """`ddengine export PATH --to FORMAT`: the folder or file to write."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_"])
+    out: str = MISSING
+
+
+@dataclass
+class ContinualConfig:
+    """`ddengine downstream continual PATH`: `steps` groups of classes, in `orders` orders, `seeds` networks
+    a stage; `ipc` of the rows of real images, null the set's.
+    """
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    steps: int = 5
+    orders: int = 3
+    seeds: int = 1
+    rows: list[str] | None = None
+    ipc: int | None = None
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    out: str | None = None
+
+
+@dataclass
+class NasConfig:
+    """`ddengine downstream nas PATH`: a space of ConvNets, `seeds` networks of each architecture.
+
+    `reference` trains on all the data; its steps are ten times the recipe's where they are null.
+    """
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    widths: list[int] = field(default_factory=lambda: [8, 16, 32])
+    depths: list[int] = field(default_factory=lambda: [1, 2, 3])
+    norms: list[str] = field(default_factory=lambda: ["none", "instance", "batch", "layer"])
+    seeds: int = 1
+    rows: list[str] | None = None
+    ipc: int | None = None
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    reference: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    out: str | None = None
+
+
+@dataclass
+class AuditConfig:
+    """`ddengine audit PATH`: `seeds` networks of each row are attacked."""
+
+    defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    seeds: int = 4
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int | None = None
+    out: str | None = None
+
+
+@dataclass
 class EvaluateConfig:
     """`ddengine evaluate PATH`; dataset, network and recipe default to what the set's manifest names.
 
     `experts` is a buffer whose experts are the teachers, in place of those stored in the set; `rows` null
-    means the five usual ones, and random_same_labels where teachers gave the set its labels.
+    means the usual ones: five of real images, those that the scores need, and random_same_labels where
+    teachers gave the set its labels. `kept` is the folder of rows that depend on data and recipe alone: auto
+    the user's cache, none for none.
     """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "network"))
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     networks: list[str] | None = None
-    seeds: int = 5
+    protocol: str = "standard-v1"
+    seeds: int | None = None
     seed: int = 0
     rows: list[str] | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    robust: list[str] = field(default_factory=list)
+    severity: int = 3
+    kept: str = "auto"
     experts: str | None = None
     device: str = "auto"
     precision: str = "auto"
@@ -220,6 +316,11 @@ COMMANDS: dict[str, type] = {
     "distill": DistillConfig,
     "buffer": BufferConfig,
     "import": ImportConfig,
+    "import_set": ImportSetConfig,
+    "export": ExportConfig,
+    "downstream_continual": ContinualConfig,
+    "downstream_nas": NasConfig,
+    "audit": AuditConfig,
     "evaluate": EvaluateConfig,
     "evaluate_graphs": EvaluateGraphsConfig,
     "demo": DemoConfig,

@@ -8,7 +8,7 @@ from types import TracebackType
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddengine.recipes import Watch
+from ddengine.given import Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import matchers
-from ddengine import data, files, loop, recipes, report
+from ddengine import data, files, loop, report
 from ddengine.config import DemoConfig
+from ddengine.evaluating import evaluate
+from ddengine.given import Watch
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import one_thread
@@ -18,7 +20,7 @@ OPTIONS = {"steps": 300, "lr": 0.5, "schedule": "cosine", "real_per_class": 64}
 RECIPE = Recipe(steps=200, lrs=(0.01, 0.03), batch_size=128, augment=strategy_for("digits"))
 
 
-def run_demo(config: DemoConfig, watch: recipes.Watch) -> Table:
+def run_demo(config: DemoConfig, watch: Watch) -> Table:
     """Distil, judge, and write `report.md` beside the set and its picture into `config.out`."""
     folder, dataset = Path(config.out), data.load("digits")
     task = Task(dataset.fit, Budget(ipc=1), origin={"name": "digits"})
@@ -31,7 +33,7 @@ def run_demo(config: DemoConfig, watch: recipes.Watch) -> Table:
             progress=watch.bar("distilling digits"),
             notice=watch.notice,
         )
-    table = recipes.evaluate(
+    table = evaluate(
         made.distilled,
         dataset=dataset,
         seeds=config.seeds,

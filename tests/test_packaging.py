@@ -84,8 +84,10 @@ def test_wheel_holds_the_modules_of_the_tree_and_the_configurations_and_nothing_
     found = {name for name in members(wheel) if ".dist-info/" not in name}
     modules = {path.relative_to(TREE).as_posix() for p in PACKAGES for path in (TREE / p).rglob("*.py")}
     rows = {f"ddengine/conf/row/{path.name}" for path in (TREE / "configs" / "row").glob("*.yaml")}
-    assert rows
-    assert found == modules | rows | {"ddengine/py.typed"}
+    folder = TREE / "configs"
+    protocols = {f"ddengine/conf/{p.relative_to(folder)}" for p in (folder / "protocols").rglob("*.yaml")}
+    assert rows and protocols
+    assert found == modules | rows | protocols | {"ddengine/py.typed"}
 
 
 def test_wheel_has_no_tests_and_four_packages_at_its_top(wheel):

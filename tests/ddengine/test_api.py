@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import ddengine as dd
-from ddengine import data, recipes
+from ddengine import data, given
 from ddengine.cli import main
 from ddengine.compose import spelled
 from ddengine.errors import ArtefactError, UsageError
@@ -233,7 +233,7 @@ def test_other_data_of_the_same_classes_are_judged_with_a_warning():
     made = dd.distill(
         dd.task(replace(dataset.validation, spec=spec), ipc=1), dd.matcher("random", network=SMALL)
     )
-    table = dd.evaluate(made.distilled, dataset=dataset, watch=recipes.Watch(notice=said.append), **QUICK)
+    table = dd.evaluate(made.distilled, dataset=dataset, watch=given.Watch(notice=said.append), **QUICK)
     assert table.source_matches is False
     assert any("not the one that the set was made from" in line for line in said)
     with pytest.raises(UsageError, match="8, 8"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ddengine
-from ddengine import catalog, data, recipes
+from ddengine import catalog, data, given, recipes
 from ddengine.cli import main
 from ddengine.compose import composed
 from ddengine.config import BufferConfig
@@ -59,7 +59,7 @@ def recorded(made, monkeypatch):
     monkeypatch.setattr(recipes, "record", lambda *given, **rest: calls.append((given, rest)) or buffer)
 
     def run(*words):
-        recipes.run_buffer(composed("buffer", ["dataset=digits", *words]), recipes.Watch())
+        recipes.run_buffer(composed("buffer", ["dataset=digits", *words]), given.Watch())
         return calls[-1]
 
     return run

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import ddengine
-from ddengine import cli, config, console, demo, recipes
+from ddengine import cli, config, console, demo, evaluating
 from ddengine.cli import main
 from ddengine.nets.core import NetSpec
 from ddengine.train import Recipe
@@ -353,7 +353,7 @@ def test_an_unforeseen_error_exits_1_without_a_traceback(call, monkeypatch):
     def fail(*given):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(recipes, "run_evaluate", fail)
+    monkeypatch.setattr(evaluating, "run_evaluate", fail)
     code, out, err = call("evaluate", "run")
     assert (code, out) == (1, "")
     assert two_lines(err)[0] == "RuntimeError: first second"
@@ -405,7 +405,7 @@ def test_a_signal_outside_the_loop_exits_130(call, monkeypatch):
         signal.raise_signal(signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(recipes, "run_evaluate", stop)
+    monkeypatch.setattr(evaluating, "run_evaluate", stop)
     code, out, err = call("evaluate", "run")
     assert (code, out, two_lines(err)[0]) == (130, "", "interrupted")
     assert signal.getsignal(signal.SIGTERM) is before

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import matchers
-from ddengine import catalog, loop, recipes
+from ddengine import catalog, evaluating, given, loop, recipes
 from ddengine.cli import KEYS
 from ddengine.compose import composed, spelled
 from ddengine.config import COMMANDS, DemoConfig, DistillConfig, EvaluateConfig, EvaluateGraphsConfig
@@ -19,6 +19,7 @@ from ddengine.graph_train import GraphRecipe
 from ddengine.nets import NETWORKS
 from ddengine.nets.graph import GRAPH_NETWORKS
 from ddengine.ops import dsa
+from ddengine.protocols import STANDARD
 from ddengine.train import Recipe
 from matchers import MATCHERS
 
@@ -65,7 +66,7 @@ def test_graph_sets_are_judged_by_the_defaults_of_the_judge():
     made = composed("evaluate_graphs", _needed("evaluate_graphs"))
     assert type(made) is EvaluateGraphsConfig
     assert (made.dataset.collection, made.dataset.name, made.network.name) == ("tu", "MUTAG", "gin")
-    assert GraphRecipe(**recipes._tuples(vars(made.recipe))) == GraphRecipe()
+    assert GraphRecipe(**given.tuples(vars(made.recipe))) == GraphRecipe()
     assert made.rows is None  # all that the labels of the set allow
 
 
@@ -95,7 +96,7 @@ def test_a_command_that_takes_the_other_kind_of_data_refuses_it(command, dataset
 def test_shipped_row_composes_and_its_options_fit_its_matcher(name):
     config = composed("distill", [f"row={name}"])
     options = {key: value for key, value in vars(config.matcher).items() if key != "name"}
-    assert matchers.make(config.matcher.name, **recipes._tuples(options)) is not None
+    assert matchers.make(config.matcher.name, **given.tuples(options)) is not None
     assert getattr(config.dataset, "collection", config.dataset.name) in (*DATASETS, *GRAPHS)
     assert (config.ipc is None) != (config.budget.nbytes is None)
 
@@ -148,7 +149,7 @@ def test_overrides_reach_the_frozen_options(text, key, value, monkeypatch, tmp_p
     monkeypatch.setattr(loop, "distill", distill)
     words = ["dataset=digits", "ipc=2", f"matcher.{text}", "network.width=5", "seed=3", f"out={tmp_path}"]
     with pytest.raises(ReachedError) as raised:
-        recipes.run_distill(composed("distill", words), recipes.Watch())
+        recipes.run_distill(composed("distill", words), given.Watch())
     task, matcher, rest = raised.value.args
     assert (rest["seed"], rest["out"]) == (3, tmp_path)
     found = getattr(matcher.options, key)
@@ -195,12 +196,12 @@ def test_a_recipe_that_is_given_in_part_keeps_what_the_set_says():
     trained = {"optimiser": "adamw", "temperature": 20.0, "augment": "crop_flip", "steps": 7}
     manifest = {"recipe": {"train": trained}}
     expected = Recipe(steps=50, optimiser="adamw", temperature=4.0, augment="crop_flip")
-    assert recipes._recipe(config, manifest, "digits") == expected
+    assert evaluating.recipe_given(config, manifest, "digits", STANDARD) == expected
     auto = composed("evaluate", ["dataset=digits", "recipe.augment=auto", "recipe.lrs=[1]"]).recipe
     digits = replace(expected, steps=7, temperature=20.0, lrs=(1.0,), augment=dsa.strategy_for("digits"))
-    assert recipes._recipe(auto, manifest, "digits") == digits
+    assert evaluating.recipe_given(auto, manifest, "digits", STANDARD) == digits
     plain = composed("evaluate", ["dataset=cifar10"]).recipe
-    assert recipes._recipe(plain, {"recipe": {}}, "cifar10") == Recipe()
+    assert evaluating.recipe_given(plain, {"recipe": {}}, "cifar10", STANDARD) is None  # the protocol's
 
 
 def test_every_field_of_a_recipe_but_its_schedule_has_a_key():
@@ -304,7 +305,7 @@ def test_a_plug_in_matcher_composes_like_ours(monkeypatch):
 
 def test_run_keeps_the_resolved_configuration_as_plain_yaml(tmp_path):
     words = ["dataset=digits", "ipc=1", "matcher=random", f"out={tmp_path / 'run'}"]
-    recipes.run_distill(composed("distill", words), recipes.Watch())
+    recipes.run_distill(composed("distill", words), given.Watch())
     kept = OmegaConf.load(tmp_path / "run" / "config.yaml")
     assert "defaults" not in kept
     assert (kept.dataset.name, kept.matcher.name, kept.ipc) == ("digits", "random", 1)
@@ -317,5 +318,9 @@ def _plug_in(monkeypatch, entry):
 
 
 def _needed(command: str) -> list[str]:
-    needed = {"demo": [], "evaluate_graphs": ["dataset=tu", "dataset.name=MUTAG", "network=gin"]}
+    needed = {
+        "demo": [],
+        "export": [],
+        "evaluate_graphs": ["dataset=tu", "dataset.name=MUTAG", "network=gin"],
+    }
     return needed.get(command, ["dataset=digits"])

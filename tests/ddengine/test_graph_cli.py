@@ -11,7 +11,7 @@ import pytest
 from tu_folder import random_set, write_ogb, write_tu
 
 import ddengine as dd
-from ddengine import config, data, recipes
+from ddengine import config, data, evaluating_graphs
 from ddengine.cli import main
 from ddengine.errors import UsageError
 from ddengine.graph_train import GraphRecipe
@@ -417,7 +417,7 @@ def test_python_does_what_the_command_line_does(call, world, tmp_path):
     table = dd.evaluate(tmp_path / "run", **FAST).to_json()
     assert call("evaluate", "two", *QUICK)[0] == 0
     assert same(table)["rows"] == same(evaluated("two")[0])["rows"]
-    assert same(recipes.evaluate_graphs(tmp_path / "run", **FAST).to_json()) == same(table)
+    assert same(evaluating_graphs.evaluate_graphs(tmp_path / "run", **FAST).to_json()) == same(table)
     assert same(json.loads((tmp_path / "run" / "table.json").read_text())) == same(table)
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2 * 6
 
@@ -450,7 +450,7 @@ def test_evaluate_takes_a_loaded_set_networks_and_rows_for_graphs(call, world):
         ),
         (lambda: dd.evaluate("two", dataset="tu"), "'' is no name of a graph set"),
         (lambda: dd.evaluate("two", dataset="digits"), "digits"),
-        (lambda: recipes.evaluate_graphs("digits"), "holds images, not graphs"),
+        (lambda: evaluating_graphs.evaluate_graphs("digits"), "holds images, not graphs"),
         (lambda: dd.evaluate("two", protocol="paper/mirage"), "no recipe for 'TWO'"),
         (lambda: dd.task("tu", nbytes=300), "'' is no name of a graph set"),
         (lambda: dd.task("ogb", name="NOPE", root="data", nbytes=300), "'NOPE'"),
@@ -467,7 +467,7 @@ def test_python_callers_get_the_same_refusals(make, named, call, world):
 
 SCRIPT = """
 import ddengine as dd
-from ddengine.recipes import evaluate_graphs
+from ddengine.evaluating_graphs import evaluate_graphs
 from ddengine.graph_train import GraphRecipe
 task = dd.task("tu", name="THREE", root="data", nbytes=300)
 result = dd.distill(task, dd.matcher("tree_herding", network="sage"), out="script")

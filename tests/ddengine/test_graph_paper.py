@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tu_folder import random_set, write_tu
 
-from ddengine import recipes
+from ddengine import evaluating_graphs
 from ddengine.data import load_graphs
 from ddengine.errors import UsageError
 from ddengine.graph_judge import evaluate_graphs
@@ -135,4 +135,4 @@ def test_networks_take_the_width_of_the_publication_and_the_depth_of_the_trees_w
 def test_what_the_publication_does_not_say_is_refused(wrong, match, dataset):
     given = {"networks": [GIN], "rows": (), "protocol": PAPER, **wrong}
     with pytest.raises(UsageError, match=match):
-        recipes.evaluate_graphs(packed(dataset), dataset=dataset, **given)
+        evaluating_graphs.evaluate_graphs(packed(dataset), dataset=dataset, **given)
