@@ -32,6 +32,12 @@ GRAPHS = (
 )
 NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
 PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
+RECIPE = (
+    "recipe.steps=N recipe.lrs=[0.01,0.03] recipe.optimiser=sgd|adamw recipe.momentum=X "
+    "recipe.weight_decay=X recipe.batch_size=N recipe.loss=ce|kl recipe.temperature=X "
+    "recipe.squared=true|false recipe.mix=none|mixup|cutmix recipe.mix_alpha=X "
+    "recipe.augment=auto|none|color_crop_flip recipe.augment_mode=batch|item recipe.ema=X"
+)
 GRAPH_KEYS = {
     "distill": GRAPHS,
     "evaluate": f"{GRAPHS} networks=[gin,gcn] protocol=standard-v1|paper/mirage seeds=N seed=N "
@@ -48,18 +54,13 @@ KEYS = {
     "import": f"{DATASET} {NETWORK} out=DIR encoding=delta16|fp32 (of a buffer) "
     "source.space=auto|pixels|normalised|zca source.lr=X source.experiment=N (of a set)",
     "export": "out=DIR|FILE",
-    "downstream": f"{DATASET} rows=[random,herding,full] ipc=N recipe.steps=N recipe.lrs=[0.01] "
-    f"recipe.OPTION=VALUE seeds=N seed=N {PLACE} workers=N out=DIR continual: {NETWORK} steps=5 orders=3 "
-    "nas: widths=[8,16,32] depths=[1,2,3] norms=[none,instance] reference.steps=N reference.OPTION=VALUE",
-    "audit": f"{DATASET} {NETWORK} seeds=N seed=N recipe.steps=N recipe.OPTION=VALUE {PLACE} workers=N "
-    "out=DIR",
+    "downstream": f"{DATASET} rows=[random,herding,full] ipc=N {RECIPE} seeds=N seed=N {PLACE} workers=N "
+    f"out=DIR continual: {NETWORK} steps=5 orders=3 nas: widths=[8,16,32] depths=[1,2,3] "
+    "norms=[none,instance] reference.steps=N reference.OPTION=VALUE (as recipe.OPTION)",
+    "audit": f"{DATASET} {NETWORK} seeds=N seed=N {RECIPE} {PLACE} workers=N out=DIR",
     "evaluate": f"{DATASET} {NETWORK} networks=[a,b]|grid protocol=NAME|FILE.yaml seeds=N seed=N "
-    "rows=[random,random_same_labels,full] experts=DIR recipe.steps=N recipe.lrs=[0.01,0.03] "
-    "recipe.optimiser=sgd|adamw recipe.momentum=X recipe.weight_decay=X recipe.batch_size=N "
-    "recipe.loss=ce|kl recipe.temperature=X recipe.squared=true|false recipe.mix=none|mixup|cutmix "
-    "recipe.mix_alpha=X recipe.augment=auto|none|color_crop_flip recipe.augment_mode=batch|item "
-    f"recipe.ema=X robust=[gaussian_noise,contrast,pgd] severity=1|2|3|4|5 kept=auto|none|DIR {PLACE} "
-    "workers=N out=DIR",
+    f"rows=[random,random_same_labels,full] experts=DIR {RECIPE} robust=[gaussian_noise,contrast,pgd] "
+    f"severity=1|2|3|4|5 kept=auto|none|DIR {PLACE} workers=N out=DIR",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")
