@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddengine.bench import SUBJECT, Bench, Job, Record, share, tensors_of
+from ddengine.bench import SUBJECT, Bench, Job, Record, share
 from ddengine.composites import Composites
 from ddengine.data import Dataset
 from ddengine.errors import UsageError, require_positive
@@ -22,7 +22,7 @@ from ddengine.nets import build, resolve
 from ddengine.nets.core import NetSpec
 from ddengine.ops.kd import placed
 from ddengine.parallel import job_pool, one_thread
-from ddengine.rivals import Judged, label_mode
+from ddengine.rivals import Judged, label_mode, training_images
 from ddengine.rng import Rng
 from ddengine.sealed import Sealed
 from ddengine.train import Recipe
@@ -97,7 +97,7 @@ def audit(
     but `workers` and `on_progress`, which gets the networks done and their number. Raises UsageError for
     graphs, for another dataset's set, and where there are too few images; DDError when a worker dies.
     """
-    subject, held = _subject(distilled), _joined(dataset.validation, dataset.test)
+    subject, held = training_images(distilled), _joined(dataset.validation, dataset.test)
     _check(subject, dataset, held, network, networks, seed)
     labels, teachers = label_mode(distilled.manifest), _teachers(distilled)
     if labels == "dynamic" and not teachers:
@@ -116,17 +116,6 @@ def audit(
     matches = mine == theirs if mine and theirs else None
     shown, name = resolve(network, dataset.fit.spec.shape), dataset.fit.spec.name
     return Audit(name, tuple(near), tuple(rows), sizes, shown, recipe, seed, matches)
-
-
-def _subject(distilled: Judged) -> Images | Composites:
-    """What networks are trained on: the set's composites where it has some, else its decoded images."""
-    compose = getattr(distilled, "composites", lambda: None)
-    found = compose()
-    found = distilled.decode() if found is None else found
-    if not isinstance(found, Images | Composites):
-        raise UsageError("this set holds graphs, the audit compares images", "Give a distilled set of images")
-    tensors: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in tensors_of(found).items()}
-    return replace(found, **tensors)
 
 
 def _teachers(distilled: Judged) -> tuple[nn.Module, ...]:

@@ -5,7 +5,7 @@ This is all that a worker process of the judge loads.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,8 @@ from ddengine.train import Labeler, Probe, Recipe, accuracy, train
 from ddengine.types import Images
 
 Record = dict[str, Any]
+Log = Callable[[Record], None]
+Progress = Callable[[int, int], None]
 Key = tuple[str, int | None]  # a row and the number of a network, None for the trials
 SUBJECT, SAME_LABELS = "distilled", "random_same_labels"
 DRAWN_ANEW = ("random", "random_bytes", SAME_LABELS)  # rows with a fresh selection for each network
@@ -182,3 +184,19 @@ def share(bench: Bench) -> None:
             teacher.share_memory()
     except RuntimeError as error:
         raise DDError(f"no shared memory for the data: {error}", "Repeat with workers=1") from error
+
+
+def reporter(log: Log | None, on_progress: Progress | None, total: int) -> Callable[[Record], Record]:
+    """What tells `log` of each record and `on_progress` how many of `total` there were; gives the record."""
+    done = 0
+
+    def report(record: Record) -> Record:
+        nonlocal done
+        done += 1
+        if log is not None:
+            log(record)
+        if on_progress is not None:
+            on_progress(done, total)
+        return record
+
+    return report

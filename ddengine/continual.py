@@ -12,14 +12,12 @@ from itertools import chain
 
 import torch
 
-from ddengine.bench import Record
+from ddengine.bench import Log, Progress, Record, reporter
 from ddengine.composites import Composites
 from ddengine.continual_table import ContinualRow, ContinualTable, Group
 from ddengine.data import Dataset
 from ddengine.downstream import (
     ROWS,
-    Log,
-    Progress,
     check_rows,
     check_set,
     check_task,
@@ -27,7 +25,6 @@ from ddengine.downstream import (
     in_space,
     one_space,
     real_picks,
-    reporter,
     same_ipc,
 )
 from ddengine.downstream_bench import Job, Key, Note, Shared, View, best, only, run_jobs

@@ -1,12 +1,12 @@
 """What the downstream tasks share: real rows, one space for all images, costs, checks and plain tables."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ddengine.bench import DRAWN_ANEW, Record
+from ddengine.bench import DRAWN_ANEW
 from ddengine.composites import Composites
 from ddengine.data import Dataset
 from ddengine.errors import UsageError, require, require_positive
@@ -18,8 +18,6 @@ from synth.starts import SELECTIONS
 
 ROWS = ("random", "herding", "full")
 KNOWN = (*SELECTIONS, "full")
-Log = Callable[[Record], None]
-Progress = Callable[[int, int], None]
 
 
 def check_rows(given: Sequence[str], rows: Sequence[str]) -> None:
@@ -120,22 +118,6 @@ def cost(images: Images | Composites, count: int) -> dict[str, int]:
     label = label_bytes(k) if images.y_kind == "class" else 4 * k
     pixels, labels = count * c * h * w, count * label
     return {"images": pixels, "labels": labels, "extras": 0, "total": pixels + labels}
-
-
-def reporter(log: Log | None, on_progress: Progress | None, total: int) -> Callable[[Record], Record]:
-    """What tells `log` of each record and `on_progress` how many of `total` there were; gives the record."""
-    done = 0
-
-    def report(record: Record) -> Record:
-        nonlocal done
-        done += 1
-        if log is not None:
-            log(record)
-        if on_progress is not None:
-            on_progress(done, total)
-        return record
-
-    return report
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ddengine.bench import SUBJECT, Record
+from ddengine.bench import SUBJECT, Log, Progress, Record
 from ddengine.data.graph_source import GraphDataset
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.graph_bench import (
@@ -42,8 +42,6 @@ from synth.graph_subset import stored_graphs
 GRAPH_ROWS = ("random_bytes", "herding_bytes", UNTRAINED, *SIMPLE, "full")
 DRAWN_ANEW = ("random", "random_bytes", SAME_LABELS)
 Labeler = Callable[[Graphs, int, bool], Tensor]
-Log = Callable[[Record], None]
-Progress = Callable[[int, int], None]
 
 
 def usual_rows(soft: bool) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ and the test part, sealed until then, is scored once for each trained network. W
 teachers, so has one of its rivals. The judge knows nothing of how a set was made.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ from ddengine.bench import (
     VARIANTS,
     Bench,
     Job,
+    Log,
+    Progress,
     Record,
+    reporter,
     run_job,
     share,
-    tensors_of,
 )
 from ddengine.composites import Composites
 from ddengine.data import Dataset
@@ -42,6 +44,7 @@ from ddengine.rivals import (
     label_mode,
     label_picks,
     real_bytes,
+    training_images,
     usual_rows,
 )
 from ddengine.rng import Rng
@@ -51,9 +54,6 @@ from ddengine.sealed import Sealed
 from ddengine.tables import Row, Table, cost_of, label_networks, measures_of
 from ddengine.train import Recipe
 from ddengine.types import Images
-
-Log = Callable[[Record], None]
-Progress = Callable[[int, int], None]
 
 
 def evaluate(
@@ -88,7 +88,7 @@ def evaluate(
     DDError when a worker process dies.
     """
     labels, seeds = label_mode(distilled.manifest), protocol.seeds if seeds is None else seeds
-    subject = _subject(distilled)
+    subject = training_images(distilled)
     recipe = recipe or protocol.recipe_for(
         distilled.manifest, dataset.fit.spec.name, len(subject), labels == "dynamic"
     )
@@ -109,7 +109,7 @@ def evaluate(
     rates = {row: _rates(protocol, recipe, distilled, row) for row in names}
     searched = protocol.rates == "validation"
     trials = [Job(net, label, row, lr) for net, label, row in pairs for lr in rates[row] if searched]
-    report = _reporter(log, on_progress, len(trials) + len(pairs) * seeds)
+    report = reporter(log, on_progress, len(trials) + len(pairs) * seeds)
     keeping = Keeping(bench, kept)
     with job_pool(run_job, bench, workers) as results:
         tried = [report(record) for record in keeping.run(results, trials)]
@@ -230,29 +230,6 @@ def _bench(
     picks = dict(draw(distilled, fit, rows, labels, len(images), seeds, rng))
     soft = label_picks(fit, picks, teachers, device, distilled) if labels == "static" else {}
     return Bench(images, fit, validation, Sealed(test), picks, seed=seed, soft=soft, **settings)
-
-
-def _subject(distilled: Judged) -> Images | Composites:
-    """What the set's networks are trained on: its composites where it has some, else its decoded images."""
-    compose = getattr(distilled, "composites", lambda: None)
-    found = compose()
-    found = distilled.decode() if found is None else found
-    return replace(found, **{name: tensor.detach().cpu() for name, tensor in tensors_of(found).items()})
-
-
-def _reporter(log: Log | None, on_progress: Progress | None, total: int) -> Callable[[Record], Record]:
-    done = 0
-
-    def report(record: Record) -> Record:
-        nonlocal done
-        done += 1
-        if log is not None:
-            log(record)
-        if on_progress is not None:
-            on_progress(done, total)
-        return record
-
-    return report
 
 
 def _row(

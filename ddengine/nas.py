@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean
 
-from ddengine.bench import Record
+from ddengine.bench import Log, Progress, Record, reporter
 from ddengine.composites import Composites
 from ddengine.data import Dataset
 from ddengine.downstream import (
     ROWS,
-    Log,
-    Progress,
     check_rows,
     check_set,
     check_task,
@@ -25,7 +23,6 @@ from ddengine.downstream import (
     in_space,
     one_space,
     real_picks,
-    reporter,
     same_ipc,
 )
 from ddengine.downstream_bench import Job, Key, Shared, View, run_jobs

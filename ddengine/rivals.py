@@ -1,13 +1,25 @@
 """The rows that a distilled set is judged beside: which real images they hold, their labels and bytes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ddengine.bench import DRAWN_ANEW, HARD, PLAIN, RANDOM_PLAIN, SAME_LABELS, SUBJECT, VARIANTS, Key
-from ddengine.errors import ArtefactError
+from ddengine.bench import (
+    DRAWN_ANEW,
+    HARD,
+    PLAIN,
+    RANDOM_PLAIN,
+    SAME_LABELS,
+    SUBJECT,
+    VARIANTS,
+    Key,
+    tensors_of,
+)
+from ddengine.composites import Composites
+from ddengine.errors import ArtefactError, UsageError
 from ddengine.ops.kd import soft_labels
 from ddengine.rng import Rng
 from ddengine.types import Images, label_bytes
@@ -35,6 +47,19 @@ class Judged(Protocol):
     def nbytes(self) -> Mapping[str, int]: ...
 
     def decode(self) -> Images: ...
+
+
+def training_images(distilled: Judged) -> Images | Composites:
+    """What networks train on, on the CPU: a set's composites where it has some, else its decoded images.
+
+    Raises UsageError for a set of graphs.
+    """
+    found = getattr(distilled, "composites", lambda: None)()
+    found = distilled.decode() if found is None else found
+    if not isinstance(found, Images | Composites):
+        raise UsageError("this set holds graphs, not images", "Give a distilled set of images")
+    tensors: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in tensors_of(found).items()}
+    return replace(found, **tensors)
 
 
 def usual_rows(labels: str, teachers: bool, augmented: bool = False) -> tuple[str, ...]:
