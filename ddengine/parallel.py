@@ -64,20 +64,19 @@ def signals(then: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
 def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True) -> Iterator[MapJobs]:
     """A function that maps jobs to `work(shared, job)`, lazily and in order, each computed on one thread.
 
-    With `workers` > 1 the jobs run in that many spawned processes; `work` is a module-level function, and
-    `shared` is sent once to each (its tensors should be in shared memory); without `ordered` results come as
-    they are ready. When the block is left early, by Ctrl-C or by an error, the processes are ended. A process
-    that dies raises DDError.
+    With `workers` > 1 the jobs run in that many processes of their own; `work` is a module-level function,
+    and `shared` is sent once to each (its tensors should be in shared memory); without `ordered` results come
+    as they are ready. When the block is left early, by Ctrl-C or by an error, the processes are ended. A
+    process that dies raises DDError.
     """
     require_positive("workers", workers)
     if workers == 1:
         yield lambda jobs: _here(work, shared, jobs)
         return
     others = active_children()
-    context = torch.multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start, initargs=(_Named(work), shared)
-    )
+    method = start_method()
+    context, sent = torch.multiprocessing.get_context(method), work if method == "fork" else _Named(work)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(sent, shared))
     try:
         yield lambda jobs: _collect(_submitted(pool, jobs), ordered)
     except BrokenProcessPool as error:
@@ -88,6 +87,16 @@ def job_pool(work: Work, shared: Any, workers: int = 1, *, ordered: bool = True)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_method() -> str:
+    """How processes start: as copies of this one, at once, where that is safe; else anew, after seconds.
+
+    It is safe on Linux where no accelerator may have threads or a context of its own in this process, and no
+    other thread of Python may be inside a library that a copy would find locked.
+    """
+    alone = threading.active_count() == 1 and not torch.accelerator.is_available()
+    return "fork" if sys.platform == "linux" and alone else "spawn"
 
 
 def _died(workers: int) -> DDError:

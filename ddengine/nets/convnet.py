@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,6 +14,20 @@ from ddengine.nets.core import Features, Tap, check_input, grows, normalisation
 def default_depth(size: int) -> int:
     """Blocks for images of `size` pixels: 3 at 28-32, 4 at 64, 5 at 128 (published), never under 2."""
     return max(2, round(math.log2(size)) - 2)
+
+
+def _average_pool(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels [n c h/2 w/2], a last odd row or column left out.
+
+    On the CPU as sums of halves, up to four times as fast as torch's kernel on contiguous maps: measured at a
+    fifth of a training step of ConvNet-3 on 28x28 images.
+    """
+    if x.device.type != "cpu" or x.stride(1) == 1:  # channels innermost, where torch's is fast
+        return F.avg_pool2d(x, 2)
+    h, w = (side // 2 * 2 for side in x.shape[2:])
+    up, down = x[:, :, :h, :w].unflatten(2, (-1, 2)).unbind(3)
+    left, right = (up + down).unflatten(3, (-1, 2)).unbind(4)
+    return (left + right) * 0.25
 
 
 class ConvNet(nn.Module):
@@ -42,7 +57,6 @@ class ConvNet(nn.Module):
             padding = 3 if level == 0 and grow else 1
             self.convs.append(nn.Conv2d(channels if level == 0 else width, width, 3, padding=padding))
             self.norms.append(normalisation(norm, width))
-        self.pool = nn.AvgPool2d(2)
         last = ((height + grow) >> depth) * ((width_px + grow) >> depth)
         self.classifier = nn.Linear(width * last, classes)
 
@@ -54,7 +68,7 @@ class ConvNet(nn.Module):
             x = norm(conv(x)).relu()
             if tap is not None:
                 taps.append(tap(level, x))
-            x = self.pool(x)
+            x = _average_pool(x)
         return Features(x.flatten(1), taps)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

@@ -41,3 +41,10 @@ def read_sealed(sealed, number):
         return len(sealed.images.y)
     except DDError as error:
         return error.cause
+
+
+def gradient(shared, job):
+    """The gradient of a convolution, whose threads and mutexes a copy of this process must not wait for."""
+    x = torch.linspace(-1, shared, 8 * 3 * 32 * 32).reshape(8, 3, 32, 32).requires_grad_()
+    weight = torch.linspace(-1, 1, 16 * 3 * 9).reshape(16, 3, 3, 3)
+    return torch.autograd.grad(torch.conv2d(x, weight).relu().pow(job).mean(), x)[0]

@@ -58,6 +58,7 @@ def unchecked():
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (convnet.ConvNet, "forward"), (convnet.ConvNet, "features"), (convnet, "check_input"),
+            (convnet, "_average_pool"),
         ):  # fmt: skip
             patch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
         yield
