@@ -1,6 +1,5 @@
 """What a distilled set is good for beyond its accuracy: downstream tasks, and what it gives away."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ddengine.errors import UsageError
 from ddengine.evaluating import recipe_given
 from ddengine.given import Watch, device_of, load_named, precision_of
 from ddengine.nas import convnet_space, nas
+from ddengine.parallel import workers_of
 from ddengine.protocols import STANDARD
 from ddengine.rivals import label_mode
 from ddengine.subject import check_same, chosen
@@ -126,7 +126,7 @@ def _ipc(distilled: DistilledSet) -> int | None:
 
 def _running(config: ContinualConfig | NasConfig | AuditConfig) -> dict[str, Any]:
     where = device_of(config.device)
-    workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    workers = workers_of(config.workers, where.type)
     precision = precision_of(config.precision, where)
     return {"seed": config.seed, "workers": workers, "device": str(where), "precision": precision}
 

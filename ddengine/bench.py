@@ -113,8 +113,7 @@ class Job:
 def run_job(bench: Bench, job: Job) -> Record:
     """Train one network and score it; its streams depend on (seed, network, index), not on the row."""
     began = time.perf_counter()
-    rng = Rng(bench.seed).fold("judge", job.network.name, "trial" if job.index is None else job.index)
-    recipe, looked = bench.recipe_of(job.row), list[float]()
+    rng, recipe, looked = stream_of(bench, job), bench.recipe_of(job.row), list[float]()
     net = train(
         job.network,
         bench.training_set(job.row, job.index),
@@ -126,13 +125,23 @@ def run_job(bench: Bench, job: Job) -> Record:
         bench.labeler(job.row),
         None if job.index is None else _looking(bench, recipe, looked),
     )
-    record = {"row": job.row, "network": job.label, "lr": job.lr, "steps": recipe.steps}
+    record = record_of(net, bench, job, rng)
+    if job.index is not None:
+        record["test"] = max([record["test"], *looked])
+    return record | {"seconds": round(time.perf_counter() - began, 3)}
+
+
+def stream_of(bench: Bench, job: Job) -> Rng:
+    """The stream of a job's weights, batches and augmentation: equal for all rows."""
+    return Rng(bench.seed).fold("judge", job.network.name, "trial" if job.index is None else job.index)
+
+
+def record_of(net: nn.Module, bench: Bench, job: Job, rng: Rng) -> Record:
+    """What the trained network of `job` is worth, on validation for a trial and on test for a final one."""
+    record = {"row": job.row, "network": job.label, "lr": job.lr, "steps": bench.recipe_of(job.row).steps}
     if job.index is None:
-        score: Record = {"kind": "trial", "validation": accuracy(net, bench.validation)}
-    else:
-        score = {"kind": "final", "index": job.index, **scored_on_test(net, bench, rng)}
-        score["test"] = max([score["test"], *looked])
-    return record | score | {"seconds": round(time.perf_counter() - began, 3)}
+        return record | {"kind": "trial", "validation": accuracy(net, bench.validation)}
+    return record | {"kind": "final", "index": job.index, **scored_on_test(net, bench, rng)}
 
 
 def _looking(bench: Bench, recipe: Recipe, looked: list[float]) -> Probe | None:

@@ -1,6 +1,5 @@
 """Judging by name and path: the set, its data, networks, recipe and teachers, then the judge of its kind."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ddengine.graph_train import GraphRecipe
 from ddengine.kept import Kept, kept_folder
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
+from ddengine.parallel import workers_of
 from ddengine.protocols import STANDARD, Protocol, parse_protocol
 from ddengine.subject import check_kind, check_same, chosen, networks_of
 from ddengine.tables import Table
@@ -174,7 +174,7 @@ def run_evaluate(path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watc
         severity=config.severity,
         kept=_kept(config.kept),
         experts=config.experts,
-        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        workers=workers_of(config.workers, where.type),
         device=config.device,
         precision=config.precision,
         watch=watch,

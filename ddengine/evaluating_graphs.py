@@ -1,6 +1,5 @@
 """Judging a set of graphs by name and path: its data, networks and recipe, then the judge for graphs."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dag import Trees, trees_of
+from ddengine.parallel import workers_of
 from ddengine.subject import check_kind, check_same, chosen, networks_of, own_network
 from ddengine.tables import Table
 from matchers.tree_evidence import graph_labels
@@ -95,7 +95,7 @@ def run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch) 
         seed=config.seed,
         rows=config.rows,
         recipe=recipe,
-        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        workers=workers_of(config.workers),
         watch=watch,
         out=Path(config.out).expanduser() if config.out else None,
     )

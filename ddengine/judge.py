@@ -24,7 +24,6 @@ from ddengine.bench import (
     Progress,
     Record,
     reporter,
-    run_job,
     share,
 )
 from ddengine.composites import Composites
@@ -34,7 +33,7 @@ from ddengine.keeping import Keeping
 from ddengine.kept import Kept
 from ddengine.nets import build, family, resolve
 from ddengine.nets.core import NetSpec
-from ddengine.parallel import job_pool, one_thread
+from ddengine.parallel import one_thread
 from ddengine.protocols import BEST_ON_TEST, STANDARD, Protocol
 from ddengine.rivals import (
     KNOWN,
@@ -51,6 +50,7 @@ from ddengine.rng import Rng
 from ddengine.robust import CORRUPTIONS, SEVERITIES
 from ddengine.scores import table_scores
 from ddengine.sealed import Sealed
+from ddengine.stacked import judging
 from ddengine.tables import Row, Table, cost_of, label_networks, measures_of
 from ddengine.train import Recipe
 from ddengine.types import Images
@@ -79,7 +79,8 @@ def evaluate(
     """Judge `distilled` beside `rows` by `protocol` with `seeds` fresh networks of each kind.
 
     The result is a function of the set, the data and all arguments but `workers` and `kept`, where rows that
-    depend on data and recipe alone are looked up and left. `recipe` None is what the protocol makes of the
+    depend on data and recipe alone are looked up and left. On a GPU one worker trains the networks of a row
+    at once. `recipe` None is what the protocol makes of the
     set's manifest, `seeds` None the protocol's; `robust` names corruptions (`ddengine.robust.CORRUPTIONS`),
     and "pgd", under which finished networks are scored too, at `severity` 1 to 5; `teachers` are networks in
     eval mode. `log` gets one record for each trained network (trials too), `on_progress` the networks done
@@ -111,7 +112,7 @@ def evaluate(
     trials = [Job(net, label, row, lr) for net, label, row in pairs for lr in rates[row] if searched]
     report = reporter(log, on_progress, len(trials) + len(pairs) * seeds)
     keeping = Keeping(bench, kept)
-    with job_pool(run_job, bench, workers) as results:
+    with judging(bench, workers) as results:
         tried = [report(record) for record in keeping.run(results, trials)]
         chosen = {
             (label, row): choose(tried, label, row) if searched else rates[row][0] for _, label, row in pairs

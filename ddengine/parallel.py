@@ -99,6 +99,13 @@ def start_method() -> str:
     return "fork" if sys.platform == "linux" and alone else "spawn"
 
 
+def workers_of(given: int | None, device: str = "cpu") -> int:
+    """The processes to work with: as many as given, else one for each core, or one where a GPU does it."""
+    if given is not None:
+        return given
+    return 1 if device == "cuda" else os.cpu_count() or 1
+
+
 def _died(workers: int) -> DDError:
     return DDError(
         f"one of {workers} worker processes died while it worked (killed, out of memory, or not started)",

@@ -1,6 +1,5 @@
 """Where names meet classes: each command as a short, linear recipe, and the same for Python callers."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from ddengine.given import (
 from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets import import_network, is_import_path
 from ddengine.nets.core import NetSpec
+from ddengine.parallel import workers_of
 from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
@@ -99,7 +99,7 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     schedule = _schedule(config.checkpoint)
     experts = ExpertBuffer(Path(config.experts).expanduser()) if config.experts else None
     dataset = load_named(config.dataset, watch)
-    workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    workers = workers_of(config.workers)
     work = Task(dataset.fit, budget, experts, where, precision, given(config.dataset), workers)
     return loop.distill(
         work,
@@ -144,7 +144,7 @@ def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
         recipe=recipe,
         seed=config.seed,
         encoding=config.encoding,
-        workers=(os.cpu_count() or 1) if config.workers is None else config.workers,
+        workers=workers_of(config.workers),
         device=str(where),
         precision=precision,
         save_minutes=config.checkpoint.minutes,

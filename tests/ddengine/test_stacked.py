@@ -1,15 +1,20 @@
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from ddengine import stacked
 from ddengine.composites import Composites
 from ddengine.data import load
 from ddengine.errors import UsageError
+from ddengine.judge import evaluate
 from ddengine.nets import NetSpec
 from ddengine.rng import Rng
-from ddengine.stacked import stacks, train_stacked
+from ddengine.stacked import run_stacked, stacks, train_stacked
 from ddengine.train import Recipe, train
+from synth import DistilledSet, Pixels
 
 NETS = {
     "convnet": NetSpec("convnet", width=7, depth=2),
@@ -143,3 +148,28 @@ def test_sets_that_differ_in_size_or_labels_and_empty_ones_are_refused(few):
     ):
         with pytest.raises(UsageError, match=match):
             train_stacked(NETS["mlp"], sets, SGD, RATES, RNGS, "cpu")
+
+
+@pytest.mark.parametrize("net", [NETS["convnet"], NetSpec("convnet", width=5, depth=2, norm="batch")])
+def test_a_table_made_at_once_is_the_table_made_one_by_one(few, monkeypatch, net):
+    digits = load("digits")
+    dataset = replace(digits, fit=few, test=digits.test.take(torch.arange(97)))
+    given = DistilledSet.make(Pixels(few.model_input(), few.y, few.spec, "class"), recipe={}, provenance={})
+    options = {"networks": [net], "seeds": 3, "rows": ("random", "full", "distilled_plain")}
+    recipe = replace(SGD, lrs=(0.01, 0.03))
+    alone = evaluate(given, dataset, **options, recipe=recipe)
+    stacks_made = []
+    monkeypatch.setattr(stacked, "job_pool", None)
+    monkeypatch.setattr(
+        stacked, "train_stacked", lambda *a: stacks_made.append(len(a[4])) or train_stacked(*a)
+    )
+    monkeypatch.setattr(
+        "ddengine.judge.judging", lambda bench, workers: nullcontext(partial(run_stacked, bench))
+    )
+    at_once = evaluate(given, dataset, **options, recipe=recipe)
+    assert stacks_made == ([] if net.norm == "batch" else [2, 2, 2, 2, 3, 3, 3, 3])
+    for mine, other in zip(at_once.rows, alone.rows, strict=True):
+        assert (mine.name, mine.count, mine.steps) == (other.name, other.count, other.steps)
+        assert mine.values == pytest.approx(other.values, abs=0.021)  # two of 97 images may turn over
+        tried = [[t["validation"] for t in row.trials] for row in (mine, other)]
+        assert tried[0] == pytest.approx(tried[1], abs=0.021)
