@@ -58,10 +58,10 @@ class Comparison:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparison]:
     """Row "distilled" of two tables (as `Table.to_json` gives them) for each network and metric of both.
 
-    Raises UsageError for tables of other datasets, protocols, root seeds, recipes or numbers of networks,
-    for networks of one name that are built differently, for rows whose networks were selected from more,
-    which makes no pairs, for weights chosen on the test part by another protocol than a publication's, and
-    where the tables have no network in common.
+    Raises UsageError for tables of other datasets (by name or by fingerprint), protocols, root seeds, recipes
+    or numbers of networks, for networks of one name that are built differently, for rows whose networks were
+    selected from more, which makes no pairs, for weights chosen on the test part by another protocol than a
+    publication's, and where the tables have no network in common.
     """
     _check_settings(a, b)
     mine, theirs = (_subjects(table, name) for table, name in ((a, "A"), (b, "B")))
@@ -80,6 +80,10 @@ def _check_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     for key, name in (("dataset", "dataset"), ("protocol", "protocol"), ("seed", "root seed")):
         if a[key] != b[key]:
             raise _refused(f"{name} {a[key]} in A and {b[key]} in B", f"with the same {name}")
+    prints = [table.get("fingerprint") for table in (a, b)]
+    if None not in prints and prints[0] != prints[1]:
+        found = " and ".join(f"{str(value)[:12]} in {side}" for value, side in zip(prints, "AB", strict=True))
+        raise _refused(f"{a['dataset']} has the fingerprint {found}", "on the same data")
     mine, theirs = (table.get("protocol_spec") for table in (a, b))
     other = _first_difference(mine, theirs, "protocol") if mine and theirs else None
     other = other or _first_difference(a["recipe"], b["recipe"], "recipe")

@@ -146,6 +146,7 @@ def evaluate_graphs(
         scores=table_scores(table, decoded.y_kind != "class" if isinstance(decoded, Trees) else False),
         protocol=protocol,
         seeds=trained,
+        fingerprint=dataset.spec.fingerprint,
     )
 
 

@@ -131,6 +131,7 @@ def evaluate(
         scores=table_scores(table, labels != "hard"),
         protocol=protocol.name,
         protocol_spec=protocol.to_dict(),
+        fingerprint=dataset.fit.spec.fingerprint,
     )
 
 

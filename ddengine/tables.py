@@ -114,6 +114,7 @@ class Table:
     protocol: str = PROTOCOL
     seeds: int | None = None  # networks of each kind, where not all of them are reported
     protocol_spec: Record = field(default_factory=dict)
+    fingerprint: str = ""  # of the dataset
 
     def to_json(self) -> Record:
         """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
@@ -122,4 +123,6 @@ class Table:
         setting = {"recipe": self.recipe.to_dict(), "seed": self.seed, "cost": self.cost}
         trained = {} if self.seeds is None else {"seeds": self.seeds}
         spec = {"protocol_spec": dict(self.protocol_spec)} if self.protocol_spec else {}
-        return head | setting | trained | {"source_matches": self.source_matches} | spec
+        data = {"source_matches": self.source_matches}
+        data |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return head | setting | trained | data | spec

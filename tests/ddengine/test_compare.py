@@ -95,6 +95,7 @@ def test_bytes_and_costs_stand_beside_one_another_and_unknown_ones_are_left_out(
 
 REFUSED = [
     ({"dataset": "mnist"}, "dataset digits in A and mnist in B"),
+    ({"fingerprint": "c0ffee"}, "digits has the fingerprint decaf in A and c0ffee in B"),
     ({"protocol": "paper/dm"}, "protocol standard-v1 in A and paper/dm in B"),
     ({"seed": 8}, "root seed 7 in A and 8 in B"),
     ({"recipe": {"steps": 9, "lrs": [0.01, 0.03], "augment": "all"}}, "recipe.steps is 500 in A and 9 in B"),
@@ -110,7 +111,7 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=[said for _, said in REFUSED])
 def test_what_makes_no_pairs_is_refused_in_one_line_that_names_it(change, said):
     with pytest.raises(UsageError) as refusal:
-        compare(table(row(A)), table(row(B)) | change)
+        compare(table(row(A)) | {"fingerprint": "decaf"}, table(row(B)) | change)
     assert said in refusal.value.cause
     assert "\n" not in refusal.value.cause
     assert refusal.value.remedy

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import ddengine.bench
-import ddengine.judge
+import ddengine.stacked
 import ddengine.train
 from ddengine.composites import Composites
 from ddengine.data import load
@@ -365,7 +365,7 @@ def trained_on(monkeypatch):
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_every_row_of_a_distillation_takes_the_same_steps_and_passes(digits, teachers, monkeypatch, mode):
     counted, row = {}, []
-    job, step, make = ddengine.judge.run_job, torch.optim.AdamW.step, ddengine.train.build
+    job, step, make = ddengine.stacked.run_job, torch.optim.AdamW.step, ddengine.train.build
 
     def note(what, count):
         counted.setdefault(what, {}).setdefault(row[-1], []).append(count)
@@ -375,7 +375,7 @@ def test_every_row_of_a_distillation_takes_the_same_steps_and_passes(digits, tea
         net.register_forward_pre_hook(lambda net, x: note("passes", len(x[0])) if net.training else None)
         return net
 
-    monkeypatch.setattr(ddengine.judge, "run_job", lambda bench, j: row.append(j.row) or job(bench, j))
+    monkeypatch.setattr(ddengine.stacked, "run_job", lambda bench, j: row.append(j.row) or job(bench, j))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: note("steps", 1) or step(*a, **k))
     monkeypatch.setattr(ddengine.train, "build", build_counting)
     made = composed(digits.fit, teachers, mode)
