@@ -16,7 +16,7 @@ from synth.foreign_arrays import read_npz
 from synth.foreign_files import Found, read_experiments, read_pair, read_torch, wrong
 from synth.foreign_folders import read_folder
 from synth.foreign_space import SPACES, model_input
-from synth.pixels import Pixels
+from synth.pixels import Pixels, raw_levels
 from synth.store import DistilledSet
 
 FORMATS: dict[str, Callable[[Sequence[Path], DataSpec, int | None], Found]] = {
@@ -89,16 +89,19 @@ def read_foreign(
 def as_distilled(
     foreign: Foreign, *, network: Mapping[str, Any], origin: Mapping[str, Any], format: str
 ) -> DistilledSet:
-    """The set as one of ours, of free pixels stored in float32, so that nothing more is lost.
+    """The set as one of ours, of free pixels: float32, or uint8 where they are such and labels class numbers.
 
+    Either way nothing is lost.
     `network` and `origin` (how to load the dataset) tell a judge what to use unless a command says more.
     """
+    images = foreign.images
+    exact = images.y_kind == "class" and raw_levels(images.x, images.spec) is not None
     synth = Pixels(
-        foreign.images.x,
-        foreign.images.y,
-        foreign.images.spec,
-        foreign.images.y_kind,
-        codec="fp32",
+        images.x,
+        images.y,
+        images.spec,
+        images.y_kind,
+        codec="uint8" if exact else "fp32",
         student_lr=foreign.student_lr,
     )
     recipe = {"protocol": "standard-v1", "network": dict(network), "dataset": dict(origin)}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
@@ -14,11 +14,14 @@ from ddengine.types import DataSpec, Images, label_bytes
 CODECS = {"fp32": torch.float32, "fp16": torch.float16, "uint8": torch.uint8}
 LABEL_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 LEVELS = 255
+OFF_LEVEL = 1e-3  # of a level, that a pixel may be off by and still be one, as float32 rounds it
 
 
 @dataclass(frozen=True)
 class Pixels:
     """Images as free parameters in model-input space, unclamped; `codec` says how `pack` stores them.
+
+    Codec "uint8" keeps images that are uint8 pixels as those pixels, others by `encode_images`.
 
     `labels` are class numbers [m] (`y_kind` "class"; fixed) or rows of probabilities or logits [m k] (free).
     `student_lr` is a learned learning rate for the networks that train on the set.
@@ -78,7 +81,8 @@ class Pixels:
 
     def pack(self) -> dict[str, Tensor]:
         """The stored tensors (CPU). Raises UsageError when anything is not finite in its stored form."""
-        packed = encode_images(self.images, self.codec)
+        raw = raw_levels(self.images, self.spec) if self.codec == "uint8" else None
+        packed = encode_images(self.images, self.codec) if raw is None else _as_levels(raw, self.spec)
         packed["labels"] = self.labels.detach().cpu().to(self._label_dtype, copy=True)
         if self.student_lr is not None:
             packed["student_lr"] = torch.tensor(self.student_lr, dtype=torch.float32)
@@ -94,7 +98,7 @@ class Pixels:
         """The set from its stored tensors and its manifest fields (of which `y_kind` is read)."""
         y_kind, labels, rate = fields["y_kind"], tensors["labels"], tensors.get("student_lr")
         return Pixels(
-            images=decode_images(tensors),
+            images=_as_pixels(tensors, spec),
             labels=labels.long() if y_kind == "class" else labels.float(),
             spec=spec,
             y_kind=y_kind,
@@ -131,6 +135,35 @@ def encode_images(x: Float[Tensor, "m c h w"], codec: str) -> dict[str, Tensor]:
     levels = (x.double() - offset.double()[:, :, None, None]) / step[:, :, None, None]
     levels = levels.nan_to_num(0.0).round().clamp(0, LEVELS).to(torch.uint8)
     return {"images": levels, "images.offset": offset, "images.scale": scale}
+
+
+def raw_levels(x: Float[Tensor, "m c h w"], spec: DataSpec) -> UInt8[Tensor, "m c h w"] | None:
+    """The uint8 pixels that model input was made of by mean and std; None where it was not, or by ZCA."""
+    if spec.zca is not None:
+        return None
+    levels = spec.denormalise(x.detach().cpu().double()) * LEVELS
+    near = levels.round()
+    exact = ((levels - near).abs() <= OFF_LEVEL) & (near >= 0) & (near <= LEVELS)
+    return near.to(torch.uint8) if bool(exact.all()) else None
+
+
+def _as_levels(levels: UInt8[Tensor, "m c h w"], spec: DataSpec) -> dict[str, Tensor]:
+    """Stored tensors of pixels as they are: offset and scale are those of their way into model input."""
+    std, mean = torch.tensor(spec.std, dtype=torch.float64), torch.tensor(spec.mean, dtype=torch.float64)
+    offset, scale = (
+        value.float().expand(len(levels), -1).contiguous() for value in (-mean / std, 1 / (LEVELS * std))
+    )
+    return {"images": levels, "images.offset": offset, "images.scale": scale}
+
+
+def _as_pixels(tensors: Mapping[str, Tensor], spec: DataSpec) -> Float[Tensor, "m c h w"]:
+    """The images of stored tensors, of pixels exactly as `spec` normalises them."""
+    levels = tensors["images"]
+    if levels.dtype == torch.uint8 and spec.zca is None:
+        raw = _as_levels(levels, spec)
+        if all(torch.equal(tensors[name], raw[name]) for name in ("images.offset", "images.scale")):
+            return spec.normalise(levels)
+    return decode_images(tensors)
 
 
 def decode_images(tensors: Mapping[str, Tensor]) -> Float[Tensor, "m c h w"]:

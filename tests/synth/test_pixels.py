@@ -1,5 +1,7 @@
 """Free pixels: parameters, codecs, bytes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddengine.errors import UsageError
-from ddengine.types import DataSpec, SynthSet
+from ddengine.types import DataSpec, SynthSet, Whitening
 from synth import Pixels
+from synth.pixels import raw_levels
 
 CODECS = ("fp32", "fp16", "uint8")
 
@@ -152,3 +155,33 @@ def test_values_out_of_range_are_refused(pixels, change):
     fields = {"images": pixels.images, "labels": pixels.labels, "spec": pixels.spec, **change}
     with pytest.raises(UsageError):
         Pixels(**fields)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SETS["shape"], m=SETS["m"], seed=SETS["seed"], std=st.floats(0.05, 3), mean=st.floats(-1, 1))
+def test_images_that_are_uint8_pixels_are_stored_as_those_pixels(shape, m, seed, std, mean):
+    spec = replace(spec_of(shape, 3), mean=(mean,) * shape[0], std=(std,) * shape[0])
+    pixels = torch.randint(
+        0, 256, (m, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    labels = torch.arange(m) % 3
+    made = Pixels(spec.normalise(pixels), labels, spec)
+    assert torch.equal(made.pack()["images"], pixels)
+    back = unpacked(made)
+    assert torch.equal(back.images, made.images)
+    assert torch.equal(unpacked(back).images, back.images)  # and once more changes nothing
+
+
+@pytest.mark.parametrize(("level", "is_pixel"), [(7.0, True), (7.01, False), (-1.0, False), (256.0, False)])
+def test_only_whole_levels_of_a_byte_are_pixels(level, is_pixel):
+    spec = spec_of((1, 1, 2), 3)
+    x = spec.normalise(torch.tensor([[[[3.0, level]]]]) / 255)
+    found = raw_levels(x, spec)
+    assert found.tolist() == [[[[3, int(level)]]]] if is_pixel else found is None
+    assert raw_levels(x * torch.nan, spec) is None
+
+
+def test_whitened_images_are_no_pixels():
+    identity = torch.eye(2)
+    spec = replace(spec_of((1, 1, 2), 3), zca=Whitening(torch.zeros(2), identity, identity))
+    assert raw_levels(torch.zeros(1, 1, 1, 2), spec) is None
