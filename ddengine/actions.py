@@ -5,6 +5,7 @@ Heavy modules are imported by the command that needs them.
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -170,7 +171,8 @@ def _evaluate(words: list[str], as_json: bool) -> int:
     graphs = artefacts.holds_graphs(artefacts.DistilledSet.load(artefacts.artefact(path)))
     config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path))
     with Console() as console:
-        table = evaluating.run_evaluate(path, config, console.watch())
+        typed = shlex.join(["ddengine", "evaluate", *words])
+        table = evaluating.run_evaluate(path, config, console.watch(), typed)
     _print_table(table, as_json)
     return EXIT_DONE
 

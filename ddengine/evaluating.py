@@ -152,10 +152,25 @@ def _teachers(
     return [buffer.build(i, buffer.epochs(i)).eval() for i in numbers]
 
 
-def run_evaluate(path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watch: Watch) -> Table:
-    """`ddengine evaluate PATH`: the set, the data that its manifest or the command names, the whole table."""
+def run_evaluate(
+    path: Path, config: EvaluateConfig | EvaluateGraphsConfig, watch: Watch, command: str = ""
+) -> Table:
+    """`ddengine evaluate PATH`: the set, the data that its manifest or the command names, the whole table.
+
+    The `command` as it was typed is kept in the table.
+    """
     if isinstance(config, EvaluateGraphsConfig):
-        return run_evaluate_graphs(path, config, watch)
+        found = run_evaluate_graphs(path, config, watch)
+    else:
+        found = _run_images(path, config, watch)
+    table = replace(found, command=command)
+    folder = Path(config.out).expanduser() if config.out else run_of(path)
+    if folder is not None:
+        files.write_json(folder / "table.json", table.to_json())
+    return table
+
+
+def _run_images(path: Path, config: EvaluateConfig, watch: Watch) -> Table:
     distilled = DistilledSet.load(artefact(path))
     rules = find_protocol(config.protocol)
     recipe = recipe_given(config.recipe, distilled.manifest, distilled.spec.name, rules)

@@ -111,7 +111,7 @@ def read_run(path: Path) -> Run:
         _card(folder / CARD) if CARD in held else None,
         {
             "distill": distill_command(path / "config.yaml"),
-            "evaluate": evaluate_command(path, table, distilled),
+            "evaluate": evaluate_command(path, table),
         },
     )
 
@@ -227,6 +227,7 @@ TABLE: dict[str, Check] = {
     "rows": lambda value: type(value) is list,
     "cost": _maybe(_mapping),
     "seeds": _maybe(_whole),
+    "command": _maybe(_text),
     "protocol_spec": _maybe(_mapping),
     "scores": _maybe(
         lambda value: (
