@@ -10,21 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ddengine.artefacts import expert_values, holds_graphs, named
-from ddengine.bench import SAME_LABELS, SUBJECT
+from ddengine.archives import plain_yaml
+from ddengine.artefacts import expert_values
 from ddengine.compose import PATHS, composed, spelled
-from ddengine.config import EvaluateConfig, EvaluateGraphsConfig
 from ddengine.errors import ArtefactError, UsageError
-from ddengine.graph_judge import usual_rows as usual_graph_rows
-from ddengine.graph_paper import PAPER
-from ddengine.graph_simple import SIMPLE
-from ddengine.graph_train import GraphRecipe
-from ddengine.nets import resolve
-from ddengine.nets.core import NetSpec
-from ddengine.nets.graph import resolve_graph
-from ddengine.rivals import label_mode, usual_rows
-from ddengine.train import AUGMENT_MODES, recipe_of
-from synth import DistilledSet
+from ddengine.nets import is_import_path
 
 CHOSEN = ("dataset", "matcher", "network")  # groups that a command chooses by name
 BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE | re.ASCII)
@@ -48,8 +38,8 @@ def distill_command(path: Path) -> str | None:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        found = OmegaConf.to_container(OmegaConf.create(plain_yaml(path)))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged: not YAML", "Restore it from a copy") from error
     groups = [found.get(group) for group in CHOSEN] if isinstance(found, dict) else [None]
     if not all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups):
@@ -58,7 +48,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _defaults(choices: Sequence[str]) -> dict[str, Any]:
-    """What `distill` takes for all other keys; nothing where a plug-in or the buffer is no longer there."""
+    """What `distill` takes for all other keys; nothing where a plug-in or the buffer is no longer there.
+
+    Nothing either for a network with an import path: what a file names is not imported.
+    """
+    if any(is_import_path(choice) for choice in choices if choice.startswith("network=")):
+        return {}
     try:
         config = composed("distill", choices, expert_values(choices))
     except (ArtefactError, UsageError):
@@ -75,64 +70,9 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{key}", value
 
 
-def evaluate_command(
-    path: Path, table: Mapping[str, Any] | None, distilled: DistilledSet | None
-) -> str | None:
-    """The command that made `table`; None if it was made in Python from what the command cannot say."""
-    if table is None:
-        return _line("evaluate", str(path))
-    if distilled is None or table.get("source_matches") is False:
-        return None
-    networks = _network_words(table, distilled)
-    graphs, rows = holds_graphs(distilled), table["rows"]
-    default = EvaluateGraphsConfig() if graphs else EvaluateConfig()
-    if graphs:
-        usual = table["recipe"] if table["protocol"] == PAPER else GraphRecipe().to_dict()
-    else:
-        usual = recipe_of(distilled.manifest, distilled.spec.name).to_dict()
-    recipe = {key: value for key, value in table["recipe"].items() if usual.get(key) != value}
-    recipe.pop("weights", None)  # follows from ema
-    if "augment_mode" in recipe:
-        modes = {said: mode for mode, said in AUGMENT_MODES.items()}
-        recipe["augment_mode"] = modes.get(recipe["augment_mode"])
-    if networks is None or not recipe.keys() <= vars(default.recipe).keys():
-        return None
-    beside = [name for name in dict.fromkeys(row["name"] for row in rows) if name != SUBJECT]
-    found = {"seeds": table.get("seeds", rows[0]["n"]), "seed": table["seed"], "rows": beside}
-    if graphs:
-        found["protocol"] = table["protocol"]
-        if set(beside) == set(usual_graph_rows(distilled.manifest["y_kind"] == "prob")):
-            found["rows"] = None
-    elif SAME_LABELS in beside and label_mode(distilled.manifest) != "dynamic":
-        return None  # its teachers are not in the set
-    elif beside == list(usual_rows(label_mode(distilled.manifest), SAME_LABELS in beside)):
-        found["rows"] = None
-    said = {key: value for key, value in found.items() if getattr(default, key) != value}
-    said |= {f"recipe.{key}": value for key, value in recipe.items()}
-    return _line("evaluate", str(path), *networks, *(word(key, value) for key, value in said.items()))
-
-
-def _network_words(table: Mapping[str, Any], distilled: DistilledSet) -> list[str] | None:
-    """The words that make `evaluate` judge with the networks of `table`; None where none do."""
-    own = named(distilled, "network")
-    rows = [row for row in table["rows"] if row["name"] not in SIMPLE]
-    wanted = list({row["network"]: row["network_spec"] for row in rows}.values())
-    names = [spec.get("name") for spec in wanted]
-    options = {key: value for key, value in wanted[0].items() if key != "name" and value is not None}
-    for given in ({}, options):
-        meant = [{**(own if name == own["name"] else {}), **given, "name": name} for name in names]
-        try:
-            made = [_resolved(NetSpec(**spec), distilled).to_dict() for spec in meant]
-        except (TypeError, UsageError):  # an option that one of the networks lacks
-            continue
-        if made == wanted:
-            chosen = [] if names == [own["name"]] else [word("networks", names)]
-            return chosen + [word(f"network.{key}", value) for key, value in given.items()]
-    return None
-
-
-def _resolved(network: NetSpec, distilled: DistilledSet) -> NetSpec:
-    return resolve_graph(network) if holds_graphs(distilled) else resolve(network, distilled.spec.shape)
+def evaluate_command(path: Path, table: Mapping[str, Any] | None) -> str | None:
+    """The command that made `table`, or would make one; None for a table that was made in Python."""
+    return _line("evaluate", str(path)) if table is None else table.get("command")
 
 
 def word(key: str, value: Any) -> str:

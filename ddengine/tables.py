@@ -115,6 +115,7 @@ class Table:
     seeds: int | None = None  # networks of each kind, where not all of them are reported
     protocol_spec: Record = field(default_factory=dict)
     fingerprint: str = ""  # of the dataset
+    command: str = ""  # that made it, as it was typed
 
     def to_json(self) -> Record:
         """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
@@ -123,6 +124,7 @@ class Table:
         setting = {"recipe": self.recipe.to_dict(), "seed": self.seed, "cost": self.cost}
         trained = {} if self.seeds is None else {"seeds": self.seeds}
         spec = {"protocol_spec": dict(self.protocol_spec)} if self.protocol_spec else {}
-        data = {"source_matches": self.source_matches}
+        data: Record = {"source_matches": self.source_matches}
         data |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
-        return head | setting | trained | data | spec
+        typed = {"command": self.command} if self.command else {}
+        return head | setting | trained | data | spec | typed

@@ -77,7 +77,9 @@ def log(folder):
 
 
 def table_of(folder):
-    return json.loads((folder / "table.json").read_text())
+    found = json.loads((folder / "table.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", found.pop("seal"))
+    return found
 
 
 def test_evaluate_leaves_the_table_that_it_returns_beside_the_log(world, tmp_path):
@@ -345,9 +347,9 @@ def test_other_damage_is_named(name, content, spoiled, call):
 
 
 def same(table):
-    """A table without what differs from time to time."""
+    """A table without what differs from time to time, or from one spelling of the command to another."""
     rows = [{key: value for key, value in row.items() if key != "train_seconds"} for row in table["rows"]]
-    return {**table, "rows": rows}
+    return {**table, "rows": rows, "command": None}
 
 
 @pytest.mark.parametrize(
@@ -365,6 +367,7 @@ def test_the_evaluate_command_of_a_run_repeats_its_table(words, call, world):
     (world / COMMANDED / "table.json").unlink()
     assert call(*shlex.split(command)[1:], "workers=1")[0] == 0
     assert same(table_of(world / COMMANDED)) == same(before)
+    assert set(words) < set(shlex.split(command))
 
 
 def test_the_distill_command_of_a_run_finds_it_finished(call, world):
@@ -380,24 +383,7 @@ def test_a_run_from_python_has_no_distill_command_and_its_own_evaluation(world):
         "distill": None,
         "evaluate": shlex.join(["ddengine", "evaluate", str(world / "plain")]),
     }
-    (_, command, path, *words) = shlex.split(read_run(world / "judged").commands["evaluate"])
-    assert (command, path) == ("evaluate", str(world / "judged"))
-    assert {"seeds=2", "rows=[random,full]", "recipe.steps=2", "recipe.lrs=[0.02]"} < set(words)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"source_matches": False},
-        {"recipe": {**RECIPE.to_dict(), "schedule": "constant"}},
-        {"rows": [ROW | {"network_spec": {"name": "nothing"}}]},
-        {"rows": [ROW | {"network_spec": {"name": "mlp", "width": 5, "depth": 2}}]},
-    ],
-    ids=str,
-)
-def test_an_evaluation_that_no_command_can_say_has_none(change, world, spoiled):
-    table = {**table_of(world / "judged"), **change}
-    assert read_run(spoiled("table.json", json.dumps(table))).commands["evaluate"] is None
+    assert read_run(world / "judged").commands["evaluate"] is None  # it was judged in Python
 
 
 def test_a_configuration_whose_matcher_is_not_installed_is_spelled_in_full(world, tmp_path):
