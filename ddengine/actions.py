@@ -52,7 +52,26 @@ def _demo(words: list[str], as_json: bool) -> int:
     return EXIT_DONE
 
 
-def _distill(words: list[str], as_json: bool) -> int:
+def _multirun(command: str, words: list[str], as_json: bool) -> int:
+    from ddengine import artefacts, multirun
+    from ddengine.compose import composed
+    from ddengine.console import Console
+
+    def defaults(words: list[str]) -> dict[str, Any]:
+        return artefacts.expert_values(words) | artefacts.graph_values(words) if command == "distill" else {}
+
+    own, rest = multirun.split(words)
+    config, jobs = composed("multirun", own), multirun.jobs_of(command, rest, defaults)
+    with Console() as console:
+        found = multirun.launch(command, jobs, config, console.watch().notice)
+    lines = [f"{one_line(run['out'])}  {multirun.outcome(run)}" for run in found]
+    show(json.dumps({"runs": found}) if as_json else "\n".join(lines))
+    return multirun.exit_code(found)
+
+
+def _distill(words: list[str], as_json: bool, **several: bool) -> int:
+    if several:
+        return _multirun("distill", words, as_json)
     from ddengine import artefacts, recipes
     from ddengine.compose import composed
     from ddengine.console import Console
@@ -60,13 +79,16 @@ def _distill(words: list[str], as_json: bool) -> int:
     config = composed("distill", words, artefacts.expert_values(words) | artefacts.graph_values(words))
     with Console() as console:
         result = recipes.run_distill(config, console.watch())
-    assert result.folder is not None
+    if result.folder is None:  # of several processes the first has it, and shows the result
+        return EXIT_DONE
     found = {**artefacts.summary(result.folder), "resumed_from": result.resumed_from}
     show(json.dumps(found) if as_json else artefacts.summary_text(found))
     return EXIT_DONE
 
 
-def _buffer(words: list[str], as_json: bool) -> int:
+def _buffer(words: list[str], as_json: bool, **several: bool) -> int:
+    if several:
+        return _multirun("buffer", words, as_json)
     from ddengine import artefacts, recipes
     from ddengine.compose import composed
     from ddengine.console import Console
@@ -177,6 +199,33 @@ def _evaluate(words: list[str], as_json: bool) -> int:
     return EXIT_DONE
 
 
+def _estimate(words: list[str], as_json: bool) -> int:
+    from ddengine import artefacts, estimating
+    from ddengine.compose import composed
+    from ddengine.console import Console
+    from ddengine.estimating_evaluation import estimate_evaluate
+
+    known = ("distill", "buffer", "evaluate")
+    if not words or words[0] not in known:
+        if words and "=" not in words[0]:
+            raise unknown("command to estimate", words[0], known)
+        raise UsageError("estimate takes a command", f"Write: ddengine estimate {'|'.join(known)} ...")
+    command, rest = words[0], words[1:]
+    with Console() as console:
+        if command == "distill":
+            values = artefacts.expert_values(rest) | artefacts.graph_values(rest)
+            found = estimating.estimate_distill(composed(command, rest, values), console.watch())
+        elif command == "buffer":
+            found = estimating.estimate_buffer(composed(command, rest), console.watch())
+        else:
+            path, overrides = _split(command, rest)
+            graphs = artefacts.holds_graphs(artefacts.DistilledSet.load(artefacts.artefact(path)))
+            config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path))
+            found = estimate_evaluate(path, config, console.watch())
+    show(json.dumps(found.to_json(), allow_nan=False) if as_json else found.text())
+    return EXIT_FAILED if found.lacking else EXIT_DONE
+
+
 def _report(words: list[str], as_json: bool, html: str | None = None, compare: bool = False) -> int:
     from ddengine import report
     from ddengine.compare import pair_of
@@ -251,7 +300,8 @@ def _doctor(words: list[str], as_json: bool) -> int:
     if as_json:
         show(json.dumps({"ok": ok, "findings": [finding._asdict() for finding in findings]}))
     else:
-        show("\n".join(f"{'ok ' if f.ok else 'BAD'}  {f.name}: {f.value}" for f in findings))
+        marks = ("warn" if f.warning else "ok" if f.ok else "BAD" for f in findings)
+        show("\n".join(f"{mark:4} {f.name}: {f.value}" for mark, f in zip(marks, findings, strict=True)))
     return EXIT_DONE if ok else EXIT_FAILED
 
 
@@ -268,6 +318,7 @@ HANDLERS: dict[str, Callable[..., int]] = {
     "import": _import,
     "export": _export,
     "evaluate": _evaluate,
+    "estimate": _estimate,
     "downstream": _downstream,
     "audit": _audit,
     "report": _report,

@@ -33,8 +33,8 @@ def run_continual(path: Path, config: ContinualConfig, watch: Watch) -> dict[str
     The memory is the set's images of the classes seen so far; a note says that a set which was distilled at
     once knows of later classes.
     """
+    _require_place(config.out)
     distilled, dataset = _opened(path, config.dataset, watch)
-    watch.notice("note: this set was distilled with all classes at once, which no memory of a stage could be")
     images, bar = _images(distilled), watch.bar("learning continually")
     table = continual(
         dataset,
@@ -50,11 +50,16 @@ def run_continual(path: Path, config: ContinualConfig, watch: Watch) -> dict[str
         on_progress=lambda done, total: bar(done, total, {}),
         **_running(config),
     ).to_json()
+    watch.notice("note: this set was distilled with all classes at once, which no memory of a stage could be")
     return _kept(table, config.out, "continual.json")
 
 
 def run_nas(path: Path, config: NasConfig, watch: Watch) -> dict[str, Any]:
     """`ddengine downstream nas PATH`: the table as plain JSON values."""
+    _require_place(config.out)
+    for key, values in (("widths", config.widths), ("depths", config.depths), ("norms", config.norms)):
+        if not values:
+            raise UsageError(f"{key}=[] leaves no architecture to search", f"Give {key} one value or more")
     distilled, dataset = _opened(path, config.dataset, watch)
     images, bar = _images(distilled), watch.bar("searching")
     recipe = _recipe(config.recipe, distilled, len(images))
@@ -79,6 +84,7 @@ def run_nas(path: Path, config: NasConfig, watch: Watch) -> dict[str, Any]:
 
 def run_audit(path: Path, config: AuditConfig, watch: Watch) -> dict[str, Any]:
     """`ddengine audit PATH`: the findings as plain JSON values."""
+    _require_place(config.out)
     distilled, dataset = _opened(path, config.dataset, watch, dynamic=True)
     bar = watch.bar("auditing")
     found = audit(
@@ -129,6 +135,14 @@ def _running(config: ContinualConfig | NasConfig | AuditConfig) -> dict[str, Any
     workers = workers_of(config.workers, where.type)
     precision = precision_of(config.precision, where)
     return {"seed": config.seed, "workers": workers, "device": str(where), "precision": precision}
+
+
+def _require_place(out: str | None) -> None:
+    """Refuse, before the work, a folder for its findings that is a file or lies in one (UsageError)."""
+    path = None if out is None else Path(out).expanduser()
+    for place in () if path is None else (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"out={out}: {place} is a file", "Choose another out=DIR")
 
 
 def _kept(found: dict[str, Any], out: str | None, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Files that torch.save wrote elsewhere, checked before torch sees them: reading is all that they can do."""
+"""Files that others wrote, checked before torch, numpy or YAML see them: reading is all that they can do."""
 
+import math
 import pickletools
 import struct
 import zipfile
@@ -7,7 +8,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
+from numpy.lib import format as npy
 from torch import Tensor
 
 from ddengine.errors import one_line
@@ -20,6 +24,8 @@ STORAGES = frozenset(
     f"torch {kind}Storage"
     for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte")
 )
+YAML, PIECE = 1 << 20, 1 << 24  # bytes of a configuration; bytes that are read of an array at a time
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}
 
 
@@ -126,3 +132,59 @@ NUMPY_SCALARS: dict[str, Any] = {
     "numpy dtype": _Dtype,
     "_codecs encode": _latin1,
 }
+
+
+def read_npz(path: Path, keys: Collection[str], limit: int) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that `keys` names: plain numbers and texts, each in memory of its own.
+
+    Compressed members are read up to `limit` bytes in all, stored ones up to what the file has. Raises
+    errors of any kind for objects, headers that claim other sizes than the members have, and damage.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError("a member comes twice")
+        members = {key: archive.getinfo(f"{key}.npy") for key in keys if f"{key}.npy" in names}
+        stored = sum(m.file_size for m in members.values() if m.compress_type == zipfile.ZIP_STORED)
+        if stored > path.stat().st_size:
+            raise ValueError(f"its arrays claim {stored} bytes, more than it has")
+        if sum(m.file_size for m in members.values()) - stored > limit:
+            raise ValueError(f"its compressed arrays claim more than {limit} bytes")
+        return {key: _npy(archive, member) for key, member in members.items()}
+
+
+def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """One .npy member whose header claims exactly the bytes that follow it."""
+    with archive.open(member) as file:
+        version = npy.read_magic(file)
+        if version not in HEADERS:
+            raise ValueError(f"an array of the unknown version {version}")
+        shape, fortran, dtype = HEADERS[version](file)
+        left = member.file_size - file.tell()
+        if (
+            dtype.kind not in "fiubU"
+            or min(shape, default=0) < 0
+            or math.prod(shape) * dtype.itemsize != left
+        ):
+            raise ValueError(f"an array of {dtype} {list(shape)} in {left} bytes")
+        data = bytearray()
+        while piece := file.read(PIECE):
+            data += piece
+    if len(data) != left:
+        raise ValueError(f"an array of {dtype} {list(shape)} in {len(data)} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def plain_yaml(path: Path) -> str:
+    """The text of a YAML file of at most 1 MiB without aliases, a few of which can stand for any amount.
+
+    Raises ValueError for another, YAMLError and OSError for one that cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(YAML + 1)
+    if len(data) > YAML:
+        raise ValueError(f"it has more than {YAML} bytes")
+    text = data.decode("utf-8")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("it has aliases")
+    return text

@@ -13,8 +13,8 @@ from ddengine.nets import NetSpec
 from expert_buffers.manifest import FORMAT, MANIFEST, describe
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
-from synth import DistilledSet, verify
-from synth.card import describe_composites
+from synth import DistilledSet, schema, verify
+from synth.card import describe_composites, describe_grids
 
 
 def artefact(path: Path) -> Path:
@@ -105,7 +105,7 @@ def summary(path: Path) -> dict[str, Any]:
     folder = artefact(path)
     distilled = DistilledSet.load(folder)
     manifest = distilled.manifest
-    keys = ("format", "version", "kind", "count", "y_kind", "tensors")
+    keys = ("format", "version", "kind", "count", "y_kind", *schema.OWN.get(manifest["kind"], ()), "tensors")
     tables = ("dataset", "budget", "recipe", "provenance")
     return {"path": str(folder), **{key: manifest[key] for key in (*keys, *tables)}}
 
@@ -124,9 +124,10 @@ def summary_text(found: Mapping[str, Any]) -> str:
     if "shape" in dataset:
         what, how = f"images of {'x'.join(map(str, dataset['shape']))}", dataset["preprocessing"]
     composed = found["kind"] == "compensated"
+    held = {"compensated": describe_composites, "factored": describe_grids}.get(found["kind"])
     lines = [
         f"{found['path']}: {found['kind']}, {found['count']} {'composite ' if composed else ''}{what}",
-        *([f"  holds    {describe_composites(found)}"] if composed else []),
+        *([f"  holds    {held(found)}"] if held else []),
         f"  source   {dataset['name']}, {len(dataset['classes'])} classes, {how}",
         f"  bytes    {size}",
         f"  made by  {kind}, {run}",

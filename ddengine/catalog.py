@@ -1,16 +1,16 @@
 """Names and one-line descriptions of what there is, without importing torch: what `list` and help read."""
 
 import re
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from ddengine import data
+from ddengine import data, plugins
 from ddengine.origins import ROOT
 
 MATCHERS = {
     "attention": "attention matching (DataDAM): class means of spatial attention and embedding",
     "distribution": "distribution matching (DM): class means of the embedding",
+    "characteristic": "characteristic functions of embeddings (NCFM), without its learned frequency sampler",
     "trajectory": "trajectory matching (MTT, with DATM, AST, FTD and TESLA as options); needs experts",
     "compensator": "real images, compensators shared by all classes, soft labels (INFER, and its rivals)",
     "computation_tree": "graphs: computation trees with their evidence, or frequent sets of them (Mirage)",
@@ -61,19 +61,17 @@ KINDS = {
     "recipes": RECIPES,
     "protocols": PROTOCOLS,
 }
-PLUGGED = ("matchers", "datasets", "networks")  # kinds to which other distributions add
 
 
 def listing(kind: str) -> list[tuple[str, str, str]]:
-    """(name, origin, description) of all there is of a kind, other distributions' included.
+    """(name, origin, description) of all there is of a kind; the origin of a plug-in is its distribution and
+    version. A plug-in whose name is one of ours is not reached by it, and is left out.
 
     The last two of the networks stand for names that are too many to list.
     """
     ours = [(name, "ddengine", text) for name, text in KINDS[kind].items()]
-    if kind not in PLUGGED:
-        return ours
-    plugged = [e for e in entry_points(group=f"ddengine.{kind}") if e.name not in KINDS[kind]]
-    others = [(e.name, e.dist.name if e.dist else "?", e.value) for e in plugged]
+    plugged = [p for p in plugins.of(kind) if p.name not in KINDS[kind]]
+    others = [(p.name, p.origin, p.description) for p in plugged]
     return ours + others + (_by_other_names() if kind == "networks" else [])
 
 

@@ -9,6 +9,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ddengine import files
-from ddengine.errors import ArtefactError, UsageError
+from ddengine.errors import ArtefactError
 from ddengine.types import DataSpec
 
 S = TypeVar("S")
@@ -88,7 +89,8 @@ def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
     target, work = folder / f"step_{step:06d}", folder / f"{files.TEMPORARY}step_{step:06d}"
     try:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        with files.refused(f"write {target}"):
+            work.mkdir()
         entry = files.write_tensors(work / "state.safetensors", tensors)
         manifest = {
             "format": FORMAT,
@@ -99,19 +101,25 @@ def save(folder: Path, step: int, state: Any, extra: Mapping[str, Any]) -> Path:
         }
         manifest["extra"] = dict(extra)
         files.write_json(work / "manifest.json", {**manifest, "seal": _seal(manifest)})
-        shutil.rmtree(target, ignore_errors=True)
-        work.replace(target)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {target}: {error.strerror}", "Free some room, then repeat the command"
-        ) from error
+        with files.refused(f"write {target}", entry["bytes"]):
+            _remove(target)
+            work.replace(target)
+            files.sync_folder(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    files.sync_folder(folder)
     kept = [number for number in steps(folder) if number <= step][:KEEP]
     for number in set(steps(folder)) - set(kept):
-        shutil.rmtree(folder / f"step_{number:06d}", ignore_errors=True)
+        _remove(folder / f"step_{number:06d}")
     return target
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away at one stroke, so that one which bears its name is whole; if it can be."""
+    gone = path.with_name(f"{files.TEMPORARY}{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        path.replace(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -151,6 +159,8 @@ def load(folder: Path, step: int, template: S) -> tuple[S, dict[str, Any]]:
 
 
 def clean(folder: Path) -> None:
-    """Remove temporary names that a killed process left below `folder`."""
+    """Remove what a killed process left in `folder`: temporary names, and all but the last KEEP states."""
     for left in folder.glob(f"{files.TEMPORARY}*") if folder.is_dir() else []:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for number in steps(folder)[KEEP:]:
+        _remove(folder / f"step_{number:06d}")

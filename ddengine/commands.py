@@ -10,9 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ddengine.archives import plain_yaml
 from ddengine.artefacts import expert_values
 from ddengine.compose import PATHS, composed, spelled
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.nets import is_import_path
 
 CHOSEN = ("dataset", "matcher", "network")  # groups that a command chooses by name
 BARE = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w./-]*", re.IGNORECASE | re.ASCII)
@@ -36,8 +38,8 @@ def distill_command(path: Path) -> str | None:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        found = OmegaConf.to_container(OmegaConf.create(plain_yaml(path)))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged: not YAML", "Restore it from a copy") from error
     groups = [found.get(group) for group in CHOSEN] if isinstance(found, dict) else [None]
     if not all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups):
@@ -46,7 +48,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _defaults(choices: Sequence[str]) -> dict[str, Any]:
-    """What `distill` takes for all other keys; nothing where a plug-in or the buffer is no longer there."""
+    """What `distill` takes for all other keys; nothing where a plug-in or the buffer is no longer there.
+
+    Nothing either for a network with an import path: what a file names is not imported.
+    """
+    if any(is_import_path(choice) for choice in choices if choice.startswith("network=")):
+        return {}
     try:
         config = composed("distill", choices, expert_values(choices))
     except (ArtefactError, UsageError):

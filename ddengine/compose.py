@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from functools import partial
+from itertools import product
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -22,6 +23,7 @@ from ddengine.config import COMMANDS, DatasetConfig, GraphDatasetConfig, Network
 from ddengine.data import GRAPH_COLLECTIONS
 from ddengine.errors import UsageError, unknown
 from ddengine.nets import GRAPH_GRID, GRID, find_network, import_network, is_import_path
+from ddengine.ranks import Ranks
 from expert_buffers.recipes import RECIPES, ExpertRecipe
 
 GROUPS = ("dataset", "matcher", "network", "recipe", "row")
@@ -37,6 +39,8 @@ def composed(command: str, overrides: Sequence[str], defaults: Mapping[str, Any]
     defaults of its options go too. Raises UsageError for a syntax error, an unknown key or choice (with the
     nearest known one), a wrong type or a missing value.
     """
+    if command != "distill" and Ranks.here().world > 1:
+        raise UsageError(f"{_typed(command)} runs in one process", "Start it without torchrun")
     overrides = [_grid(command) if text == "networks=grid" else text for text in overrides]
     _import_networks(_parse(overrides))
     parsed = _parse([*_still_meant(defaults or {}, overrides), *overrides])
@@ -172,7 +176,21 @@ def _twin(options: type, columns: list[Any]) -> type:
     return make_dataclass(f"{options.__name__}Config", columns)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def swept(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values that words give their keys, as in `seed=0,1` or `seed=range(3)`: the
+    words of each, in order. UsageError for what cannot be listed.
+    """
+    values = []
+    for text, override in zip(words, _parse(words, several=True), strict=True):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UsageError(f"'{text}' names a range without steps", "Give values: key=a,b or key=range(3)")
+        listed = override.sweep_string_iterator() if override.is_sweep_override() else None
+        key = override.key_or_group
+        values.append([text] if listed is None else [f"{key}={value}" for value in listed])
+    return [list(run) for run in product(*values)]
+
+
+def _parse(overrides: Sequence[str], several: bool = False) -> list[Override]:
     parser, found = OverridesParser.create(), []
     for text in overrides:
         try:
@@ -180,10 +198,13 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         except HydraException as error:
             remedy = "Write key=value, for example ipc=10; put odd characters in quotes: key=\"'a (b)'\""
             raise UsageError(f"cannot read the override '{text}'", remedy) from error
-        if found[-1].type != OverrideType.CHANGE or found[-1].package is not None:
+        plain = found[-1].type == OverrideType.CHANGE and found[-1].package is None
+        if not plain or not found[-1].key_or_group:
             raise UsageError(f"the override '{text}' is not of the form key=value", "Write key=value")
-        if found[-1].is_sweep_override():
-            raise UsageError(f"'{text}' names several values", "Run the command once for each value")
+        if found[-1].is_sweep_override() and not several:
+            raise UsageError(
+                f"'{text}' names several values", "Give one, or -m with distill or buffer to run them all"
+            )
     return found
 
 

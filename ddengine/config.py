@@ -16,6 +16,7 @@ class DatasetConfig:
     preprocessing: str = "standard"
     on_error: str = "raise"
     download: bool = True
+    memory: str = "auto"
 
 
 @dataclass
@@ -109,7 +110,10 @@ def _groups(*names: str, row: bool = False) -> list[Any]:
 
 @dataclass
 class DistillConfig:
-    """`ddengine distill`; `workers` null means the cores, for matchers that have independent work."""
+    """`ddengine distill`; `workers` null means the cores, for matchers that have independent work.
+
+    `replicas` draw networks or segments of their own; the processes of torchrun share them.
+    """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network", row=True))
     dataset: Any = MISSING
@@ -124,6 +128,7 @@ class DistillConfig:
     precision: str = "auto"
     deterministic: bool = False
     synth: str | None = None
+    replicas: int = 1
     workers: int | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -312,7 +317,30 @@ class DemoConfig:
     seeds: int = 5
 
 
+@dataclass
+class SlurmConfig:
+    """What each job of a multirun asks of Slurm; null is the cluster's own default."""
+
+    partition: str | None = None
+    account: str | None = None
+    minutes: int = 240
+    cpus: int = 4
+    gpus: int = 0
+    memory_gb: int | None = None
+
+
+@dataclass
+class MultirunConfig:
+    """Where `-m` runs its jobs, and how many at a time: null is one here, and as Slurm will in Slurm."""
+
+    defaults: list[Any] = field(default_factory=lambda: ["_self_"])
+    launcher: str = "local"
+    jobs: int | None = None
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
 COMMANDS: dict[str, type] = {
+    "multirun": MultirunConfig,
     "distill": DistillConfig,
     "buffer": BufferConfig,
     "import": ImportConfig,

@@ -6,6 +6,7 @@ from pathlib import Path
 import matchers
 from ddengine import data, files, loop, report
 from ddengine.config import DemoConfig
+from ddengine.errors import require_positive
 from ddengine.evaluating import evaluate
 from ddengine.given import Watch
 from ddengine.nets.core import NetSpec
@@ -22,6 +23,7 @@ RECIPE = Recipe(steps=200, lrs=(0.01, 0.03), batch_size=128, augment=strategy_fo
 
 def run_demo(config: DemoConfig, watch: Watch) -> Table:
     """Distil, judge, and write `report.md` beside the set and its picture into `config.out`."""
+    require_positive("seeds", config.seeds)
     folder, dataset = Path(config.out), data.load("digits")
     task = Task(dataset.fit, Budget(ipc=1), origin={"name": "digits"})
     with one_thread():  # images of 8x8 pixels are too small to share out

@@ -23,6 +23,7 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import workers_of
 from ddengine.protocols import STANDARD, Protocol, parse_protocol
+from ddengine.seals import write_sealed
 from ddengine.subject import check_kind, check_same, chosen, networks_of
 from ddengine.tables import Table
 from ddengine.train import Recipe
@@ -82,7 +83,7 @@ def evaluate(
         dataset = data.load(**{**own, **load})
     check_same(distilled, dataset, watch)
     specs = networks_of(networks, NetSpec(**named(distilled, "network")))
-    teachers = _teachers(experts, distilled, watch)
+    teachers = teachers_of(experts, distilled, watch)
     where = device_of(device)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
     if folder is not None:
@@ -108,11 +109,11 @@ def evaluate(
         on_progress=lambda done, total: bar(done, total, {}),
     )
     if folder is not None:
-        files.write_json(folder / "table.json", table.to_json())
+        write_sealed(folder / "table.json", table.to_json())
     return table
 
 
-def _teachers(
+def teachers_of(
     experts: str | Path | ExpertBuffer | None, distilled: DistilledSet, watch: Watch
 ) -> list[nn.Module]:
     """Who labels for the row of same labels: the teachers in the set, else those experts that labelled it.
@@ -166,7 +167,7 @@ def run_evaluate(
     table = replace(found, command=command)
     folder = Path(config.out).expanduser() if config.out else run_of(path)
     if folder is not None:
-        files.write_json(folder / "table.json", table.to_json())
+        write_sealed(folder / "table.json", table.to_json())
     return table
 
 

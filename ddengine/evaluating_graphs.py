@@ -18,6 +18,7 @@ from ddengine.graphs import Graphs
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dag import Trees, trees_of
 from ddengine.parallel import workers_of
+from ddengine.seals import write_sealed
 from ddengine.subject import check_kind, check_same, chosen, networks_of, own_network
 from ddengine.tables import Table
 from matchers.tree_evidence import graph_labels
@@ -79,7 +80,7 @@ def evaluate_graphs(
         on_progress=lambda done, total: bar(done, total, {}),
     )
     if folder is not None:
-        files.write_json(folder / "table.json", table.to_json())
+        write_sealed(folder / "table.json", table.to_json())
     return table
 
 

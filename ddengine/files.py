@@ -4,11 +4,16 @@ Every write goes to a temporary name in the same folder, is flushed to disk, and
 safetensors and JSON are ours; nothing here can run code from a file.
 """
 
+import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +37,66 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` atomically. Raises UsageError naming the path when the system refuses."""
+@contextmanager
+def refused(what: str, nbytes: int | None = None) -> Iterator[None]:
+    """Turn what the system refuses inside into a UsageError: "cannot {what} (n bytes): the reason"."""
     try:
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        yield
     except OSError as error:
+        size = "" if nbytes is None else f" ({nbytes} bytes)"
         raise UsageError(
-            f"cannot write {path} ({len(data)} bytes): {error.strerror}",
+            f"cannot {what}{size}: {error.strerror or error}",
             "Choose a folder that you may write to and that has room, or free some, then repeat the command",
         ) from error
-    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` atomically. Raises UsageError naming the path when the system refuses."""
+    with refused(f"write {path}", len(data)):
+        handle, work = _temporary(path.parent)
+        try:
+            _write(handle, data)
+            os.fchmod(handle, 0o666 & ~_umask())
+            os.fsync(handle)
+            work.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                work.unlink()
+            raise
+        finally:
+            os.close(handle)
+        sync_folder(path.parent)
+
+
+def _temporary(folder: Path) -> tuple[int, Path]:
+    """A new file, locked so that `sweep` leaves it alone for as long as this process lives."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+        with suppress(OSError):  # a file system without locks, on which nothing is swept
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)  # swept between its making and its locking
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files of processes that were killed from `folder`, one of ours; others' stay."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _write(handle: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left[: 1 << 30]) :]
 
 
 def _umask() -> int:
@@ -61,12 +106,33 @@ def _umask() -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Flush a folder's entries, so that a rename survives a power cut; OSError where that fails."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder on its own
+            raise
     finally:
         os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at one stroke; False, with nothing done, where the system cannot.
+
+    Linux offers it as renameat2 with RENAME_EXCHANGE (2), macOS as renamex_np with RENAME_SWAP (2).
+    """
+    library, names = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
+    if sys.platform == "darwin":
+        done = library.renamex_np(*names, 2)
+    elif hasattr(library, "renameat2"):
+        here = -100  # AT_FDCWD: paths are taken from the current folder
+        done = library.renameat2(here, names[0], here, names[1], 2)
+    else:
+        return False
+    if done and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    return done == 0
 
 
 def make_folder(path: Path) -> None:
@@ -148,21 +214,36 @@ def read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one record to a log and flush it to disk; a torn last line is cut off first."""
+    """Append one record to a log and flush it to disk; a torn last line is cut off first.
+
+    Raises UsageError naming the path when the system refuses; the log is then as it was.
+    """
     line = (json.dumps(value, allow_nan=False) + "\n").encode()
-    try:
-        with path.open("ab+") as file:
-            end = file.tell()
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UsageError(f"cannot append to {path}: {error.strerror}", "Free some room and repeat") from error
+    with refused(f"append to {path}", len(line)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            size, end = os.fstat(handle).st_size, _whole_lines(handle)
+            if end < size:
+                os.ftruncate(handle, end)
+            try:
+                _write(handle, line)
+                os.fsync(handle)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
+        if end == 0:
+            sync_folder(path.parent)
+
+
+def _whole_lines(handle: int) -> int:
+    """Bytes up to the end of the last whole line."""
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return size
+    return os.pread(handle, size, 0).rfind(b"\n") + 1
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ def load_named(config: Any, watch: Watch) -> Any:
         preprocessing=config.preprocessing,
         on_error=config.on_error,
         download=config.download,
+        memory=config.memory,
     )
     for note in dataset.notes:
         watch.notice(note)

@@ -45,8 +45,9 @@ def markdown_row(row: Sequence[str]) -> str:
 
 
 def literal(text: str) -> str:
-    """Text from a file on one line, with nothing in it that Markdown takes for HTML."""
-    return one_line(text).replace("<", "&lt;")
+    """Text from a file on one line, with nothing in it that Markdown takes for HTML, a link or a picture."""
+    plain = one_line(text).replace("\\", "\\\\").replace("[", "\\[").replace("`", "\\`")
+    return plain.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def word(value: Any) -> Cell:

@@ -7,6 +7,7 @@ its name and seal is not believed, and is trained and written again.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from ddengine import files
 from ddengine.errors import ArtefactError
+from ddengine.locks import others
 from ddengine.types import Images
 
 CODE = ("train.py", "bench.py", "robust.py", "rng.py", "types.py", "nets", "ops")  # what numbers come from
+PIECE = 1 << 12  # rows hashed at a time, so that images on disk need not be in memory together
+NAME = re.compile(r"[0-9a-f]{64}\.json")
 Record = dict[str, Any]
 
 
@@ -37,6 +41,8 @@ class Kept:
     def __init__(self, root: Path) -> None:
         self.root = root
         files.make_folder(root)
+        if all(NAME.fullmatch(name) for name in others(root)):
+            files.sweep(root)
 
     def find(self, depends: Mapping[str, Any]) -> Record | None:
         """The record that was kept for `depends`, None where there is none that can be believed."""
@@ -74,7 +80,8 @@ def digest(*tensors: Tensor) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for piece in tensor.detach().split(PIECE) if tensor.ndim else [tensor.detach()]:
+            found.update(piece.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -1,13 +1,13 @@
 """The one loop: init, step, finish; checkpoints are states, the same call resumes, interrupts are clean."""
 
-import json
 import math
 import platform
 import resource
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from ddengine import __version__, checkpoint, files
-from ddengine.errors import ArtefactError, DDError, Interrupted, UsageError
-from ddengine.nets import resolve
-from ddengine.nets.graph import resolve_graph, usual_graph
-from ddengine.parallel import signals
+from ddengine.errors import DDError, Interrupted, UsageError
+from ddengine.identity import check_fit, check_memory, evaluation_recipe, run_identity
+from ddengine.locks import writing
+from ddengine.parallel import one_thread, signals
+from ddengine.ranks import ProcessLostError, Ranks, joined, local_rank
 from ddengine.rng import Rng
-from ddengine.types import Evaluated, Matcher, Metrics, Task, Workspace, no_budget
+from ddengine.run_folder import Notice, claim, difference, open_run, resume
+from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-Notice = Callable[[str], None]
-RUN_FORMAT, RUN_VERSION = "ddengine/run", 1
 
 
 @dataclass(frozen=True)
@@ -62,51 +62,113 @@ def distill(
     """Run `matcher` on `task` and return the distilled set; with `out`, keep all that it makes there.
 
     `config` is kept as config.yaml. The same call resumes an interrupted run bit for bit and returns a
-    finished one as it is. Raises UsageError when `out` holds something else or the task does not fit the
-    matcher, Interrupted (state saved) on SIGINT or SIGTERM, DDError when the loss is no longer finite.
+    finished one as it is. Raises UsageError when `out` holds something else, another process writes
+    there, or the task does not fit the matcher, Interrupted (state saved) on SIGINT or SIGTERM, DDError when
+    the loss is no longer finite.
+    Where torchrun started several processes they share the replicas of the task: the first keeps `out` and
+    has the result's folder, and ProcessLostError is what the others raise when one dies.
     """
     check_fit(task, matcher)
-    rng, identity = Rng(seed), run_identity(task, matcher, seed)
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        finished = open_run(folder, identity)
+    check_memory(task, matcher)
+    identity = run_identity(task, matcher, seed)
+    # one thread: the same bits for any number of processes
+    exact = one_thread() if task.replicas > 1 and task.device.type == "cpu" else nullcontext()
+    with joined(task.device) as ranks, exact, ExitStack() as held:
+        task = replace(task, ranks=ranks)
+        watch = (progress, notice or _silent) if ranks.first else (None, _silent)
+        run = _Run(Path(out) if out is not None else None, ranks.first, schedule, matcher.steps(task))
+        _require_same(ranks, identity)
+        ranks.from_first(lambda: held.enter_context(writing(run.folder, watch[1])))
+        finished = ranks.from_first(lambda: None if run.out is None else open_run(run.out, identity))
         if finished is not None:
             seconds = float(finished.manifest["provenance"]["seconds"])
-            return Result(finished, folder, matcher.steps(task), seconds, matcher.steps(task))
-    state, extra, resumed = _start(task, matcher, rng, folder, notice)
+            return Result(finished, run.folder, run.steps, seconds, run.steps)
+        return _work(task, matcher, Rng(seed), run, identity, config, *watch)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run in this process: `out` is where it is kept, which `owner` alone reads and writes."""
+
+    out: Path | None
+    owner: bool
+    schedule: Schedule
+    steps: int
+    began: float = 0.0
+
+    @property
+    def folder(self) -> Path | None:
+        return self.out if self.owner else None
+
+    def due(self, step: int, saved_at: float) -> tuple[bool, bool]:
+        """Whether to save after `step`, and whether to log it; the last is logged and kept as the result."""
+        last, every = step == self.steps, self.schedule.checkpoint_steps
+        minutes = (time.monotonic() - saved_at) / 60
+        save = bool(every and step % every == 0) or minutes >= self.schedule.checkpoint_minutes
+        return save and not last, last or save or step % self.schedule.log_steps == 0
+
+    def save(self, state: Any) -> None:
+        if self.folder is not None:
+            extra = {"seconds": time.monotonic() - self.began}
+            checkpoint.save(self.folder / "checkpoints", state.step, state, extra)
+
+
+def _require_same(ranks: Ranks, identity: dict[str, Any]) -> None:
+    """Refuse processes that were started for different runs (UsageError)."""
+    other = difference(ranks.from_first(lambda: identity), identity)
+    if other:
+        raise UsageError(
+            f"process {ranks.rank} was started for another run than process 0: {other}",
+            "Start all processes with the same command, on the same data",
+        )
+
+
+def _work(
+    task: Task,
+    matcher: Matcher[Any],
+    rng: Rng,
+    run: _Run,
+    identity: dict[str, Any],
+    config: str | None,
+    progress: Progress | None,
+    notice: Notice,
+) -> Result:
+    """What is left to do of a run, and its result; only the first process of several has its folder."""
+    state, extra, resumed = _start(task, matcher, rng, run, notice)
     work = matcher.prepare(task, rng)
     for note in (*work.notes, *_expert_notes(task, matcher)):
-        (notice or _silent)(note)
+        notice(note)
     try:
-        run = _Run(folder, schedule, matcher.steps(task), time.monotonic() - float(extra.get("seconds", 0.0)))
-        claim = partial(_claim, folder, identity, config) if folder is not None else lambda: None
-        state = _advance(state, matcher, work, rng, run, progress, claim)
-        claim()
+        run = replace(run, began=time.monotonic() - float(extra.get("seconds", 0.0)))
+        claimed = partial(claim, run.folder, identity, config) if run.folder is not None else lambda: None
+        state = _advance(state, matcher, work, rng, run, progress, claimed)
+        claimed()
         seconds = time.monotonic() - run.began
-        synth = matcher.finish(state, work, rng)
+        finished = partial(_finished, state, matcher, work, rng, run, {**identity, "seconds": seconds})
+        return Result(task.ranks.from_first(finished), run.folder, run.steps, seconds, resumed)
     finally:
         work.close()
+
+
+def _finished(
+    state: Any, matcher: Matcher[Any], work: Workspace, rng: Rng, run: _Run, facts: dict[str, Any]
+) -> DistilledSet:
+    """The distilled set of a run's last state, as it was stored where the run has a folder."""
+    task = work.task
     provenance = {
-        **identity, "steps": run.steps, "seconds": round(seconds, 3),
+        **facts, "steps": run.steps, "seconds": round(facts["seconds"], 3),
         "peak_memory_bytes": peak_memory(task.device), "device": str(task.device),
         "threads": torch.get_num_threads(), "host": platform.node(),
         "versions": {
             "ddengine": __version__, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
+    synth = matcher.finish(state, work, rng)
     distilled = DistilledSet.make(synth, recipe=evaluation_recipe(task, matcher), provenance=provenance)
-    if folder is not None:
-        distilled.save(folder / "distilled")
-        distilled = DistilledSet.load(folder / "distilled")
-    return Result(distilled, folder, run.steps, seconds, resumed)
-
-
-@dataclass(frozen=True)
-class _Run:
-    folder: Path | None
-    schedule: Schedule
-    steps: int
-    began: float
+    if run.folder is None:
+        return distilled
+    distilled.save(run.folder / "distilled")
+    return DistilledSet.load(run.folder / "distilled")
 
 
 def _expert_notes(task: Task, matcher: Matcher[Any]) -> tuple[str, ...]:
@@ -120,150 +182,27 @@ def _silent(text: str) -> None:
     pass
 
 
-def check_fit(task: Task, matcher: Matcher[Any]) -> None:
-    """Refuse a task whose source, budget or experts do not fit the matcher (UsageError)."""
-    if matcher.accepts.source not in ("any", task.kind):
-        raise UsageError(
-            f"this matcher works on {matcher.accepts.source}, '{task.source.spec.name}' holds {task.kind}",
-            "Give matcher=computation_tree, tree_herding, random or kcenter for graphs"
-            if task.kind == "graphs"
-            else "Give one of the matchers for images, such as matcher=attention",
-        )
-    if task.budget is None and matcher.accepts.budget:
-        raise no_budget()
-    if matcher.accepts.experts and task.experts is None:
-        raise UsageError(
-            "this matcher learns from experts and was given none",
-            "Give experts=DIR, a folder that `ddengine buffer` recorded",
-        )
-    if task.precision == "bf16" and not matcher.accepts.bf16:
-        raise UsageError("this matcher computes in float32, precision=bf16 was given", "Give precision=fp32")
-    counted = task.budget is not None and task.budget.ipc is not None
-    if task.kind == "images" and (counted or not matcher.accepts.plans):
-        _check_count(task)
-
-
-def _check_count(task: Task) -> None:
-    """Refuse more images per class than the smallest class has (UsageError)."""
-    ipc = task.ipc
-    smallest = min(range(len(task.source.counts)), key=task.source.counts.__getitem__)
-    if ipc > task.source.counts[smallest]:
-        raise UsageError(
-            f"ipc={ipc} is more than the {task.source.counts[smallest]} images that class "
-            f"'{task.source.spec.classes[smallest]}' has to learn from",
-            f"Give ipc={task.source.counts[smallest]} or less",
-        )
-
-
-def run_identity(task: Task, matcher: Matcher[Any], seed: int) -> dict[str, Any]:
-    """What makes two runs the same: matcher and options, budget, data, precision and seed (plain JSON)."""
-    kind = type(matcher)
-    return {
-        "matcher": {"type": f"{kind.__module__}.{kind.__qualname__}", **_plain(asdict(matcher))},  # type: ignore[call-overload]
-        "budget": None if task.budget is None else asdict(task.budget),
-        "dataset": {
-            "name": task.source.spec.name,
-            "fingerprint": task.source.spec.fingerprint,
-            "preprocessing": task.source.spec.preprocessing,
-            **({"shape": list(task.images.spec.shape)} if task.kind == "images" else _graph_identity(task)),
-        },
-        "precision": task.precision,
-        "seed": seed,
-        **({"experts": task.experts.identity} if matcher.accepts.experts else {}),
-    }
-
-
-def _graph_identity(task: Task) -> dict[str, Any]:
-    return {"kind": "graphs", "shape": list(task.graphs.spec.node_sizes)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def evaluation_recipe(task: Task, matcher: Matcher[Any]) -> dict[str, Any]:
-    """What the manifest tells a judge: the protocol, the network that distilled the set, the dataset, and
-    what the matcher adds.
-    """
-    network = getattr(matcher, "network", None)
-    if network is not None:
-        graphs = task.kind == "graphs"
-        network = (
-            resolve_graph(usual_graph(network)) if graphs else resolve(network, task.images.spec.shape)
-        ).to_dict()
-    dataset = _plain(dict(task.origin)) or {"name": task.source.spec.name}
-    own = matcher.evaluation(task) if isinstance(matcher, Evaluated) else {}
-    return {"protocol": "standard-v1", "network": network, "dataset": dataset, **own}
-
-
-def open_run(folder: Path, identity: Mapping[str, Any]) -> DistilledSet | None:
-    """Make `folder`, or see that it holds this run. Returns the set of a finished run, None for any other.
-
-    Raises UsageError if the folder holds another run or foreign files; nothing in it is changed.
-    """
-    marker = folder / "run.json"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"out={folder} is a file", "Choose another out=DIR")
-    if marker.exists():
-        found = files.read_json(marker)
-        difference = _difference(found.get("identity", {}) if isinstance(found, dict) else {}, identity)
-        if difference:
-            raise UsageError(f"out={folder} holds another run: {difference}", "Choose another out=DIR")
-        return DistilledSet.load(folder / "distilled") if (folder / "distilled").is_dir() else None
-    if folder.is_dir() and any(not p.name.startswith(files.TEMPORARY) for p in folder.iterdir()):
-        raise UsageError(f"out={folder} holds files that are not a run of ddengine", "Choose another out=DIR")
-    files.make_folder(folder)
-    return None
-
-
-def _claim(folder: Path, identity: Mapping[str, Any], config: str | None) -> None:
-    """Write what is missing of run.json and config.yaml, in this order: the first makes a folder a run's."""
-    if not (folder / "run.json").exists():
-        files.write_json(
-            folder / "run.json", {"format": RUN_FORMAT, "version": RUN_VERSION, "identity": dict(identity)}
-        )
-    if config is not None and not (folder / "config.yaml").exists():
-        files.write_bytes(folder / "config.yaml", config.encode())
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = (
-            _difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new})
-        )
-        return next((text for text in found if text), "")
-    return "" if old == new else f"{path} is {old} there and {new} here"
-
-
 def _start(
-    task: Task, matcher: Matcher[Any], rng: Rng, folder: Path | None, notice: Notice | None
+    task: Task, matcher: Matcher[Any], rng: Rng, run: _Run, notice: Notice
 ) -> tuple[Any, dict[str, Any], int | None]:
-    state = matcher.init(task, rng)
-    if folder is None:
-        return state, {}, None
-    checkpoint.clean(folder)
-    checkpoint.clean(folder / "checkpoints")
-    for step in checkpoint.steps(folder / "checkpoints"):
-        try:
-            state, extra = checkpoint.load(folder / "checkpoints", step, state)
-        except ArtefactError as error:
-            if notice is not None:
-                notice(f"{error.cause}: going on from an older state")
-            continue
-        _cut_metrics(folder / "metrics.jsonl", step)
-        if notice is not None:
-            notice(f"resuming {folder} at step {step} of {matcher.steps(task)}")
-        return state, extra, step
-    _cut_metrics(folder / "metrics.jsonl", 0)
-    return state, {}, None
+    """The state to go on from, what was saved beside it, and its step (None: from the start).
 
+    Several processes all start from the bits that the first has.
+    """
+    start = matcher.init(task, rng)
 
-def _cut_metrics(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [json.dumps(record) + "\n" for record in files.read_json_lines(path) if record["step"] <= step]
-        files.write_bytes(path, "".join(kept).encode())
+    def found() -> tuple[Any, dict[str, Any], int | None]:
+        return (start, {}, None) if run.folder is None else resume(run.folder, start, run.steps, notice)
+
+    def sent() -> tuple[dict[str, Any], dict[str, Any], int | None]:
+        state, extra, step = found()
+        values = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in checkpoint.leaves(state)}
+        return values, extra, step
+
+    if task.ranks.world == 1:
+        return found()
+    values, extra, step = task.ranks.from_first(sent)
+    return checkpoint.rebuild(start, values), extra, step
 
 
 def _advance(
@@ -273,39 +212,44 @@ def _advance(
     rng: Rng,
     run: _Run,
     progress: Progress | None,
-    claim: Callable[[], None],
+    claimed: Callable[[], None],
 ) -> Any:
     """Step from the state's step to the last, logging, saving, and stopping at a signal.
 
-    The folder is claimed after the first step: a mistake that only shows there leaves it free.
+    The folder is claimed after the first step: a mistake that only shows there leaves it free. All processes
+    stop after the same step, whichever of them got the signal; one that loses another saves what it has.
     """
-    claimed = False
-    saved_at = time.monotonic()
+    ranks, began, saved_at = work.task.ranks, state.step, time.monotonic()
     with signals() as stop:
-        while state.step < run.steps:
-            state, metrics = matcher.step(state, work, rng)
-            if not claimed:
-                claim()
-                claimed = True
-            last = state.step == run.steps
-            minutes = (time.monotonic() - saved_at) / 60
-            every = run.schedule.checkpoint_steps
-            due = bool(every and state.step % every == 0) or minutes >= run.schedule.checkpoint_minutes
-            if last or due or stop or state.step % run.schedule.log_steps == 0:
-                _log(state.step, metrics, run, progress)
-            if run.folder is not None and not last and (due or stop):
-                extra = {"seconds": time.monotonic() - run.began}
-                checkpoint.save(run.folder / "checkpoints", state.step, state, extra)
-                saved_at = time.monotonic()
-            if stop and not last:
-                where = f"; its state is in {run.folder}" if run.folder else ""
-                raise Interrupted(
-                    f"stopped by {signal.Signals(stop[0]).name} at step {state.step} of {run.steps}{where}",
-                    "Repeat the same command to go on"
-                    if run.folder
-                    else "Give out=DIR to keep a run's state",
-                )
+        try:
+            while state.step < run.steps:
+                state, metrics = matcher.step(state, work, rng)
+                if state.step == began + 1:
+                    claimed()
+                due, logged = run.due(state.step, saved_at)
+                if logged:
+                    _log(state.step, metrics, run, progress)
+                stopped = 0 if state.step == run.steps else ranks.largest(stop[0] if stop else 0)
+                if stopped and not logged:
+                    _log(state.step, metrics, run, progress)
+                if due or stopped:
+                    run.save(state)
+                    saved_at = time.monotonic()
+                if stopped:
+                    ranks.largest(0)  # until the first has saved: torchrun ends all when one has ended
+                    raise _stopped(stopped, state.step, run)
+        except ProcessLostError:
+            if state.step > began and work.task.device.type == "cpu":  # a GPU would wait for the lost one
+                run.save(state)
+            raise
     return state
+
+
+def _stopped(number: int, step: int, run: _Run) -> Interrupted:
+    where = f"; its state is in {run.out}" if run.out else ""
+    remedy = "Repeat the same command to go on" if run.out else "Give out=DIR to keep a run's state"
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name} at step {step} of {run.steps}{where}", remedy)
 
 
 def _log(step: int, metrics: Metrics, run: _Run, progress: Progress | None) -> None:
@@ -334,6 +278,13 @@ def as_device(name: str) -> torch.device:
     """The device called auto, cpu or cuda (UsageError when CUDA is asked for and is not there)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and Ranks.here().world > 1:
+        name = f"cuda:{local_rank()}"
     if name != "cpu" and (name.partition(":")[0] != "cuda" or not torch.cuda.is_available()):
         raise UsageError(f"device={name}, but PyTorch finds no such device", "Give device=cpu or device=auto")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device={name}, but PyTorch finds {torch.cuda.device_count()} GPUs",
+            "Start as many processes as there are GPUs, or give device=cpu",
+        )
     return torch.device(name)

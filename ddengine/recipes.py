@@ -1,6 +1,6 @@
 """Where names meet classes: each command as a short, linear recipe, and the same for Python callers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ddengine.graphs import Graphs, as_graph_source
 from ddengine.nets import import_network, is_import_path
 from ddengine.nets.core import NetSpec
 from ddengine.parallel import workers_of
+from ddengine.ranks import Ranks, check_replicas, joined
 from ddengine.types import Budget, Images, Matcher, Task, as_source
 from expert_buffers import legacy, record
 from expert_buffers.recipes import ExpertRecipe
@@ -47,6 +48,7 @@ def task(
     device: str = "auto",
     precision: str = "auto",
     workers: int = 1,
+    replicas: int = 1,
     **load: Any,
 ) -> Task:
     """What a matcher works on: a dataset's name, a loaded dataset, Images or Graphs.
@@ -59,6 +61,7 @@ def task(
     graphs = isinstance(source, Graphs | GraphDataset) or source in data.GRAPH_COLLECTIONS
     budget = None if graphs and ipc is None and nbytes is None else Budget(ipc, nbytes)
     made: dict[str, Any] = {"budget": budget, "experts": experts, "device": where, "workers": workers}
+    made["replicas"] = replicas
     precise = precision_of(precision, where)
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
@@ -84,33 +87,48 @@ def matcher(name: str, *, network: str | NetSpec | None = None, **options: Any) 
 
 
 def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
-    """`ddengine distill`: load the fit part, run the matcher, keep everything in the run's folder."""
+    """`ddengine distill`: load the fit part, run the matcher, keep everything in the run's folder.
+
+    Of several processes the first alone tells `watch` what happens.
+    """
+    algorithm, task_on, watch = *distillation(config), watch if Ranks.here().first else Watch()
+    folder, schedule = distill_folder(config), schedule_of(config.checkpoint)
+    with joined(device_of(config.device)) as ranks:
+        dataset = ranks.one_by_machine(lambda: load_named(config.dataset, watch))
+        return loop.distill(
+            task_on(dataset),
+            algorithm,
+            seed=config.seed,
+            out=folder,
+            schedule=schedule,
+            progress=watch.bar(f"distilling {config.dataset.name}"),
+            notice=watch.notice,
+            config=OmegaConf.to_yaml({k: value for k, value in vars(config).items() if k != "defaults"}),
+        )
+
+
+def distillation(
+    config: DistillConfig,
+) -> tuple[Matcher[Any], Callable[[Dataset | GraphDataset], Task]]:
+    """The matcher of a configuration, and what makes its task of a dataset, after all else was checked."""
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     options = tuples({key: value for key, value in vars(config.matcher).items() if key != "name"})
     if config.synth is not None:
         options["synth"] = _form(config.matcher.name, options, config.synth)
     algorithm = matchers.make(config.matcher.name, network_spec(config.network), **options)
+    check_replicas(config.replicas, Ranks.here(), algorithm.accepts.replicas)
     unsaid = config.ipc is None and config.budget.nbytes is None
     budget = None if unsaid and not algorithm.accepts.budget else Budget(config.ipc, config.budget.nbytes)
-    folder = Path(config.out or _default_out(config)).expanduser()
     where = device_of(config.device)
     precision = precision_of(config.precision, where, algorithm.accepts.bf16)
-    schedule = _schedule(config.checkpoint)
     experts = ExpertBuffer(Path(config.experts).expanduser()) if config.experts else None
-    dataset = load_named(config.dataset, watch)
-    workers = workers_of(config.workers)
-    work = Task(dataset.fit, budget, experts, where, precision, given(config.dataset), workers)
-    return loop.distill(
-        work,
-        algorithm,
-        seed=config.seed,
-        out=folder,
-        schedule=schedule,
-        progress=watch.bar(f"distilling {config.dataset.name}"),
-        notice=watch.notice,
-        config=OmegaConf.to_yaml({key: value for key, value in vars(config).items() if key != "defaults"}),
-    )
+    origin, workers = given(config.dataset), workers_of(config.workers)
+
+    def task_on(dataset: Dataset | GraphDataset) -> Task:
+        return Task(dataset.fit, budget, experts, where, precision, origin, workers, replicas=config.replicas)
+
+    return algorithm, task_on
 
 
 def _form(name: str, options: Mapping[str, Any], synth: str) -> dict[str, Any]:
@@ -118,40 +136,44 @@ def _form(name: str, options: Mapping[str, Any], synth: str) -> dict[str, Any]:
     if "synth" not in options:
         raise UsageError(
             f"synth={synth} means nothing to matcher={name}: what it makes has one form",
-            "Leave synth out; attention, distribution and trajectory have it",
+            "Leave synth out; attention, distribution, characteristic and trajectory have it",
         )
     return {**options["synth"], "name": synth}
 
 
 def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
     """`ddengine buffer`: load the fit part and train experts on it, into the folder of the buffer."""
+    networks, out, options = recording(config)
+    return record(
+        load_named(config.dataset, watch).fit,
+        networks,
+        out,
+        **options,
+        progress=watch.bar(f"recording {config.dataset.name}"),
+        notice=watch.notice,
+    )
+
+
+def recording(config: BufferConfig) -> tuple[list[NetSpec], Path, dict[str, Any]]:
+    """The networks, folder and options of a recording, as `record` takes them beside its source."""
     recipe = ExpertRecipe(**tuples(vars(config.recipe)))
     require_positive("checkpoint.minutes", config.checkpoint.minutes)
     where = device_of(config.device)
     precision = precision_of(config.precision, where)
     names = [config.network.name] if config.networks is None else config.networks
-    dataset = load_named(config.dataset, watch)
     default = f"runs/{config.dataset.name}_{'+'.join(names)}_experts_seed{config.seed}"
-    return record(
-        dataset.fit,
-        [replace(network_spec(config.network), name=name) for name in names],
-        Path(config.out or default),
-        count=config.count,
-        epochs=config.epochs,
-        max_start_epoch=config.max_start_epoch,
-        expert_epochs=config.expert_epochs,
-        full_experts=config.full_experts,
-        recipe=recipe,
-        seed=config.seed,
-        encoding=config.encoding,
-        workers=workers_of(config.workers),
-        device=str(where),
-        precision=precision,
-        save_minutes=config.checkpoint.minutes,
-        progress=watch.bar(f"recording {config.dataset.name}"),
-        notice=watch.notice,
-        origin=given(config.dataset),
-    )
+    same = ("count", "epochs", "max_start_epoch", "expert_epochs", "full_experts", "seed", "encoding")
+    options = {
+        **{key: getattr(config, key) for key in same},
+        "recipe": recipe,
+        "workers": workers_of(config.workers),
+        "device": str(where),
+        "precision": precision,
+        "save_minutes": config.checkpoint.minutes,
+        "origin": given(config.dataset),
+    }
+    networks = [replace(network_spec(config.network), name=name) for name in names]
+    return networks, Path(config.out or default), options
 
 
 def run_import(paths: Sequence[Path], config: ImportConfig, watch: Watch) -> ExpertBuffer:
@@ -167,12 +189,15 @@ def run_import(paths: Sequence[Path], config: ImportConfig, watch: Watch) -> Exp
     )
 
 
-def _default_out(config: DistillConfig) -> str:
+def distill_folder(config: DistillConfig) -> Path:
+    """The folder of a run: the one given, else one named after what it does."""
     size = f"ipc{config.ipc}" if config.ipc is not None else f"bytes{config.budget.nbytes or ''}"
-    return f"runs/{config.dataset.name}_{config.matcher.name}_{size}_seed{config.seed}"
+    default = f"runs/{config.dataset.name}_{config.matcher.name}_{size}_seed{config.seed}"
+    return Path(config.out or default).expanduser()
 
 
-def _schedule(config: CheckpointConfig) -> loop.Schedule:
+def schedule_of(config: CheckpointConfig) -> loop.Schedule:
+    """How often a run saves (UsageError for a number that is not positive)."""
     if config.steps is not None:
         require_positive("checkpoint.steps", config.steps)
     require_positive("checkpoint.minutes", config.minutes)

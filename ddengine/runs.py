@@ -2,6 +2,7 @@
 
 import base64
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from ddengine import files
 from ddengine.artefacts import is_buffer
 from ddengine.commands import distill_command, evaluate_command
 from ddengine.errors import ArtefactError, UsageError
-from ddengine.loop import RUN_FORMAT
 from ddengine.report import SCORES, costs
+from ddengine.run_folder import RUN_FORMAT, RUN_KEYS
+from ddengine.seals import read_sealed
 from synth import DistilledSet
 from synth.sheet import tile_size
 from synth.store import CARD, PREVIEW
@@ -136,7 +138,7 @@ def _identity(path: Path) -> Record:
     if not marker.is_file():
         what = "is an expert buffer, not a run" if is_buffer(path) else "is not a run: it holds no run.json"
         raise ArtefactError(f"{path} {what}", "Give the folder that distill or demo made")
-    found = files.read_json(marker)
+    found = read_sealed(marker, RUN_KEYS)
     identity = found.get("identity") if isinstance(found, dict) else None
     if not _fits({"format": RUN_FORMAT.__eq__, "identity": _mapping}, found) or not _fits(IDENTITY, identity):
         raise ArtefactError(f"{marker} is damaged: it names no run", "Restore it from a copy")
@@ -159,7 +161,7 @@ def _table(path: Path) -> Record | None:
     """The newest evaluation, None where there is none."""
     if not path.exists():
         return None
-    found = files.read_json(path)
+    found = read_sealed(path, TABLE_KEYS)
     rows = found.get("rows") if _fits(TABLE, found) else []
     if not rows or not all(_fits(ROW, row) for row in rows):
         raise ArtefactError(f"{path} is damaged: it is no table", "Repeat the run's evaluate command")
@@ -200,6 +202,15 @@ def _named_numbers(value: Any) -> bool:
     return _mapping(value) and all(map(_number, value.values()))
 
 
+def _typed(value: Any) -> bool:
+    """Whether a text is one evaluate command and, pasted into a shell, nothing beside it."""
+    try:
+        words = shlex.split(value) if _text(value) else []
+    except ValueError:
+        return False
+    return words[:2] == ["ddengine", "evaluate"] and value == shlex.join(words)
+
+
 SCORED: dict[str, Check] = {name: _maybe(_number) for name in SCORES}
 ROW: dict[str, Check] = {
     "name": _text,
@@ -227,7 +238,7 @@ TABLE: dict[str, Check] = {
     "rows": lambda value: type(value) is list,
     "cost": _maybe(_mapping),
     "seeds": _maybe(_whole),
-    "command": _maybe(_text),
+    "command": _maybe(_typed),
     "protocol_spec": _maybe(_mapping),
     "scores": _maybe(
         lambda value: (
@@ -242,6 +253,7 @@ def _scored_networks(value: Any) -> bool:
     return _mapping(value) and all(_fits(SCORED, scores) for scores in value.values())
 
 
+TABLE_KEYS = {*TABLE, "source_matches", "fingerprint"}
 IDENTITY: dict[str, Check] = {
     "matcher": lambda value: _fits({"type": _text}, value),
     "dataset": lambda value: _fits({"name": _text, "shape": _numbers}, value),

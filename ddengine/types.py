@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.graphs import Graphs
+from ddengine.ranks import Ranks
 from ddengine.rng import Rng
 
 Metrics = dict[str, Any]
@@ -124,7 +125,8 @@ class Images:
 
     def take(self, index: Tensor) -> "Images":
         """The subset at `index`, in that order."""
-        return replace(self, x=self.x[index.to(self.x.device)], y=self.y[index.to(self.y.device)])
+        read = getattr(self.x, "part", self.x.__getitem__)  # a large part of images on disk stays there
+        return replace(self, x=read(index.to(self.x.device)), y=self.y[index.to(self.y.device)])
 
     def sorted_by_class(self) -> "Images":
         """The same images with equal classes side by side, order inside a class kept."""
@@ -139,7 +141,10 @@ class Images:
         """Indices of up to `per_class` images of each class, none twice. Needs class-sorted images."""
         counts = self.counts
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
-        return [starts[c] + torch.randperm(counts[c], generator=generator)[:per_class] for c in classes]
+        drawn = [starts[c] + torch.randperm(counts[c], generator=generator)[:per_class] for c in classes]
+        if ahead := getattr(self.x, "ahead", None):  # images on disk: decoded while something else is done
+            ahead(torch.cat(drawn))
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,7 @@ class Task:
     There is no field for validation or test data. A budget of None leaves the size to a matcher that knows
     it. `origin` says how the source was loaded (arguments of `ddengine.data.load` or `load_graphs`), so that
     a judge can load the same. `workers` processes may share the work on a CPU; no result depends on them.
+    `replicas` draw their own networks or segments at each step; `ranks` are the processes that share them.
     """
 
     source: Images | Graphs
@@ -218,9 +224,12 @@ class Task:
     precision: str = "fp32"
     origin: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 1
+    replicas: int = 1
+    ranks: Ranks = Ranks()
 
     def __post_init__(self) -> None:
         require_positive("workers", self.workers)
+        require_positive("replicas", self.replicas)
         require(self.precision, ("fp32", "bf16"), "precision")
         counts = self.source.counts
         empty = [name for name, n in zip(self.source.spec.classes, counts, strict=True) if n == 0]
@@ -256,6 +265,12 @@ class Task:
             raise no_budget()
         return self.budget.images_per_class(self.images.spec)
 
+    def streams(self, rng: Rng) -> list[Rng]:
+        """The stream below `rng` of each replica that this process computes: `rng` itself of the only one."""
+        if self.replicas == 1:
+            return [rng]
+        return [rng.fold("replica", number) for number in self.ranks.dealt(self.replicas)]
+
 
 @dataclass
 class Workspace:
@@ -266,9 +281,12 @@ class Workspace:
     extra: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what the user should know of how the run is prepared
 
-    def reduce(self, tensor: Tensor) -> Tensor:
-        """The only collective: sums a gradient over processes. One process: the tensor itself."""
-        return tensor
+    def reduce(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The only collective: the mean over all replicas of what each of them found, such as gradients.
+
+        `parts` are named tensors, one mapping for each of `task.streams`; the sum is taken in replica order.
+        """
+        return self.task.ranks.mean(parts)
 
     def close(self) -> None:
         """Release what `prepare` took; what has a `close` of its own is closed."""
@@ -283,7 +301,7 @@ class Accepts:
     """What a matcher can work on: `source` is "images", "graphs" or "any".
 
     `budget` says whether it must be told how much a set may hold, `plans` that it makes of a budget in bytes
-    what fits, whatever number of plain images that would be.
+    what fits, whatever number of plain images that would be, `replicas` that its steps average over them.
     """
 
     source: str = "images"
@@ -292,6 +310,7 @@ class Accepts:
     bf16: bool = True
     budget: bool = True
     plans: bool = False
+    replicas: bool = False
 
 
 S = TypeVar("S")

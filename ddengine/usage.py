@@ -14,6 +14,7 @@ COMMANDS = {
     "import": ("FILE ...", "make a set or an expert buffer of other tools' files: --from FORMAT"),
     "export": ("PATH", "write a set as other tools take it: --to imagefolder|npz|torch|hf"),
     "evaluate": ("PATH", "judge a distilled set or a run by the fair protocol"),
+    "estimate": ("COMMAND", "memory, time and disk of distill, buffer or evaluate PATH before they run"),
     "downstream": ("TASK PATH", "continual: a memory for class-incremental learning; nas: ranking networks"),
     "audit": ("PATH", "what a set gives away: nearest training images, membership inference"),
     "report": ("RUN ...", "show what runs made, their last evaluations and learning curves, also as a page"),
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 DATASET = (
     "dataset=NAME dataset.root=PATH dataset.size=PIXELS dataset.preprocessing=standard|zca "
-    "dataset.on_error=raise|skip dataset.download=true|false"
+    "dataset.on_error=raise|skip dataset.download=true|false dataset.memory=auto|ram|disk"
 )
 GRAPHS = (
     "dataset=tu|ogb dataset.name=NAME dataset.root=PATH dataset.discretise=quantile|kmeans|none "
@@ -46,8 +47,8 @@ GRAPH_KEYS = {
 }
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
-    f"experts=DIR synth=pixels|compensated seed=N out=DIR {PLACE} deterministic=true|false workers=N "
-    "checkpoint.steps=N checkpoint.minutes=N row=NAME",
+    f"experts=DIR synth=pixels|factored|compensated seed=N out=DIR {PLACE} deterministic=true|false "
+    "workers=N replicas=N checkpoint.steps=N checkpoint.minutes=N row=NAME",
     "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast|squeeze recipe.OPTION=VALUE "
     "count=N epochs=N max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
     f"seed=N out=DIR {PLACE} workers=N checkpoint.minutes=N",
@@ -64,7 +65,16 @@ KEYS = {
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")
-OWN_FLAGS = {"report": {"--compare": "two runs against one another"}}  # of one command, without a value
+MULTIRUN = {"--multirun": "every combination of keys such as seed=0,1,2", "-m": "the same"}
+OWN_FLAGS = {  # of one command, without a value
+    "report": {"--compare": "two runs against one another"},
+    "distill": MULTIRUN,
+    "buffer": MULTIRUN,
+}
+MULTIRUN_KEYS = (
+    "launcher=local|slurm jobs=N slurm.partition=NAME slurm.account=NAME slurm.minutes=N slurm.cpus=N "
+    "slurm.gpus=N slurm.memory_gb=N"
+)
 VALUED = {  # flags that take a value
     "report": {"--html": "FILE"},
     "import": {"--from": "FORMAT"},
@@ -101,11 +111,18 @@ def help_text(command: str) -> str:
     if command in KEYS:
         keys = textwrap.wrap(KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
         parts.insert(2, "\n  ".join(["Keys:", *keys]))
+    if OWN_FLAGS.get(command) is MULTIRUN:
+        keys = textwrap.wrap(MULTIRUN_KEYS, 90, break_long_words=False, break_on_hyphens=False)
+        parts.insert(3, "\n  ".join(["With -m:", *keys]))
     if command in GRAPH_KEYS:
         keys = textwrap.wrap(GRAPH_KEYS[command], 90, break_long_words=False, break_on_hyphens=False)
         parts.insert(3, "\n  ".join(["For graphs:", *keys]))
+    if command == "estimate":
+        parts.append("Keys: those of the command, as in: ddengine estimate distill dataset=digits ipc=1")
+        parts.append("Nothing is written. Exit code 1 says that it would not fit, and what to change.")
     if command == "distill":
         parts.append("The options of a matcher: ddengine distill matcher=NAME --help")
+        parts.append("In several processes: torchrun --nproc-per-node=N -m ddengine distill replicas=N ...")
     return "\n\n".join(parts)
 
 

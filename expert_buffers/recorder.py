@@ -5,27 +5,35 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from ddengine.errors import DDError, Interrupted, UsageError, require, require_positive
-from ddengine.nets import NetSpec, resolve
-from ddengine.parallel import job_pool, one_thread, signals
-from ddengine.types import Images, as_source
-from expert_buffers.estimate import Estimate, epochs_left, estimate, steps_per_epoch
-from expert_buffers.manifest import header, write_manifest
+from ddengine.errors import DDError, Interrupted, UsageError
+from ddengine.locks import writing
+from ddengine.nets import NetSpec
+from ddengine.ops.memory import free_memory
+from ddengine.parallel import job_pool, signals
+from ddengine.types import Images
+from expert_buffers.asked import Plan, ask
+from expert_buffers.estimate import (
+    Estimate,
+    epochs_left,
+    estimate,
+    in_bytes,
+    in_words,
+    source_bytes,
+    steps_per_epoch,
+)
+from expert_buffers.manifest import MANIFEST, write_manifest
 from expert_buffers.partial import partial_path
-from expert_buffers.recipes import ExpertRecipe, find_recipe
-from expert_buffers.store import ENCODINGS, ExpertBuffer, commit, open_for_writing
+from expert_buffers.recipes import ExpertRecipe
+from expert_buffers.store import ExpertBuffer, commit, open_for_writing
 from expert_buffers.training import ExpertJob, Session, run_expert
+from expert_buffers.writing import new_manifest, same_buffer
 
-PRECISIONS = ("fp32", "bf16")
-WHITENED_AT_ONCE = 1000  # images
 SECONDS_BETWEEN_REPORTS = 1.0
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
@@ -60,142 +68,61 @@ def record(
     to the recipe's nominal length. Several networks are dealt round robin. The same call goes on where it was
     cut off; a larger `count` or `epochs` extends the buffer (`count` alone where the rate follows `epochs`),
     and what is longer than asked for is kept. The weights do not depend on `workers` (one thread each; one
-    process on a GPU). Raises UsageError, and Interrupted with all whole epochs kept.
+    process on a GPU). Raises UsageError, also while another process writes there, and Interrupted with all
+    whole epochs kept.
     """
-    chosen = find_recipe(recipe).resolved(source.spec.name)
-    horizon = max_start_epoch + expert_epochs if epochs is None else epochs
-    if chosen.schedule != "constant":
-        horizon = chosen.epochs if epochs is None else epochs
-        require_positive("epochs", horizon)
-        chosen = replace(chosen, epochs=horizon)
-    require_positive("max_start_epoch", max_start_epoch, zero=True)
-    require_positive("workers", workers)
-    require_positive("save_minutes", save_minutes)
-    require(encoding, ENCODINGS, "encoding")
-    require(precision, PRECISIONS, "precision")
-    plan = _Plan(count, horizon, expert_epochs, full_experts, chosen.epochs)
-    specs, place, source = (
-        _networks(networks, source, count),
-        _place(device),
-        as_source(source),
-    )
-    head = header(source.spec, specs, chosen.to_dict() | {"precision": precision}, seed, encoding, origin)
+    asked = ask(
+        source, networks, count=count, epochs=epochs, max_start_epoch=max_start_epoch,
+        expert_epochs=expert_epochs, full_experts=full_experts, recipe=recipe, seed=seed, encoding=encoding,
+        workers=workers, device=device, precision=precision, save_minutes=save_minutes, origin=origin,
+    )  # fmt: skip
     root = Path(out).expanduser()
-    manifest = open_for_writing(root, head)
-    jobs = plan.jobs(manifest)
-    if jobs:
-        session = Session(
-            root=root, manifest=manifest, source=_whitened(source), networks=tuple(specs),
-            architectures=_architectures(manifest, specs), recipe=chosen, seed=seed, encoding=encoding,
-            device=str(place), precision=precision, save_minutes=float(save_minutes),
-            done=plan.done(manifest), stop=torch.zeros((), dtype=torch.uint8),
-        )  # fmt: skip
-        workers = 1 if place.type == "cuda" else min(workers, len(jobs))
-        _require_room(session, jobs, workers, notice)
-        _run(session, plan, jobs, workers, progress)
-    for number in range(count):
-        partial_path(root, number).unlink(missing_ok=True)
+    with writing(root, notice):
+        manifest = open_for_writing(root, asked.head)
+        jobs = asked.plan.jobs(manifest)
+        if jobs:
+            session = asked.session(root, manifest)
+            workers = asked.processes(len(jobs))
+            _require_room(session, jobs, workers, notice)
+            _run(session, asked.plan, jobs, workers, progress)
+        for number in range(count):
+            partial_path(root, number).unlink(missing_ok=True)
     return ExpertBuffer(root)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How many experts, and how far each: what the manifest keeps as `plan`."""
+def forecast(
+    source: Images, networks: NetSpec | Sequence[NetSpec], out: str | Path, **options: Any
+) -> tuple[Estimate, str]:
+    """What `record` would take with all of these options, and the work in words; nothing is written.
 
-    count: int
-    epochs: int
-    expert_epochs: int
-    full_experts: int
-    full_epochs: int
-
-    def __post_init__(self) -> None:
-        for key in ("count", "epochs", "expert_epochs"):
-            require_positive(key, getattr(self, key))
-        require_positive("full_experts", self.full_experts, zero=True)
-        if self.full_experts > self.count:
-            raise UsageError(
-                f"full_experts={self.full_experts} is more than count={self.count}",
-                f"Give full_experts={self.count} or less",
-            )
-
-    def target(self, number: int) -> int:
-        """Epochs that an expert is trained for."""
-        return max(self.epochs, self.full_epochs) if number < self.full_experts else self.epochs
-
-    def jobs(self, manifest: Mapping[str, Any]) -> list[ExpertJob]:
-        """The experts that the buffer lacks, or has for fewer epochs."""
-        wanted = [ExpertJob(i, self.target(i)) for i in range(self.count)]
-        return [job for job in wanted if _epochs(manifest, job.number) < job.epochs]
-
-    def done(self, manifest: Mapping[str, Any]) -> Int[Tensor, " r"]:
-        """Epochs of each expert that need not be trained."""
-        have = [min(max(_epochs(manifest, i), 0), self.target(i)) for i in range(self.count)]
-        return torch.tensor(have)
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain JSON, with the last epoch that a segment may start from."""
-        return asdict(self) | {"max_start_epoch": max(self.epochs - self.expert_epochs, 0)}
-
-
-def _epochs(manifest: Mapping[str, Any], number: int) -> int:
-    """Epochs that the buffer has of an expert, -1 for no expert."""
-    entry = manifest["experts"].get(str(number))
-    return -1 if entry is None else entry["checkpoints"] - 1
-
-
-def _networks(networks: NetSpec | Sequence[NetSpec], source: Images, count: int) -> list[NetSpec]:
-    given = [networks] if isinstance(networks, NetSpec) else list(networks)
-    specs = [resolve(network, source.spec.shape) for network in given]
-    if not specs or len(set(specs)) < len(specs):
-        raise UsageError(
-            f"networks={[spec.name for spec in specs]} is empty or repeats", "Give different networks"
-        )
-    if count < len(specs):
-        raise UsageError(
-            f"count={count} is less than the {len(specs)} networks", f"Give count={len(specs)} or more"
-        )
-    if not len(source):
-        raise UsageError("there is no image to train on", "Give a source with at least one image")
-    return specs
-
-
-def _place(device: str) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device={device}, but PyTorch finds no such device", "Give device=cpu") from error
-
-
-def _architectures(manifest: Mapping[str, Any], specs: Sequence[NetSpec]) -> tuple[str, ...]:
-    """The manifest's names of the networks."""
-    entries = manifest["architectures"].items()
-    return tuple(next(name for name, e in entries if e["network"] == spec.to_dict()) for spec in specs)
-
-
-def _whitened(source: Images) -> Images:
-    """The source with its whitening done once, as float model input; any other source as it is."""
-    if source.spec.zca is None:
-        return source
-    with one_thread():
-        x = torch.cat(
-            [
-                source.model_input(slice(start, start + WHITENED_AT_ONCE))
-                for start in range(0, len(source), WHITENED_AT_ONCE)
-            ]
-        )
-    return replace(source, x=x, spec=replace(source.spec, zca=None))
+    Raises UsageError as `record` does.
+    """
+    asked, root = ask(source, networks, **options), Path(out).expanduser()
+    manifest = same_buffer(root, asked.head) if (root / MANIFEST).exists() else new_manifest(asked.head)
+    jobs = asked.plan.jobs(manifest)
+    if not jobs:
+        return Estimate(0.0, source_bytes(asked.source), 0, 0), "nothing is left to record"
+    session, workers = asked.session(root, manifest), asked.processes(len(jobs))
+    return estimate(session, jobs, workers), _work(session, jobs, workers)
 
 
 def _require_room(session: Session, jobs: Sequence[ExpertJob], workers: int, notice: Notice | None) -> None:
-    """Say what the work will take, and refuse a disk that has no room for it (UsageError)."""
+    """Say what the work will take, and refuse a disk or a memory that cannot hold it (UsageError)."""
     cost = estimate(session, jobs, workers)
     if notice is not None:
         notice(f"{_work(session, jobs, workers)}: about {in_words(cost)}")
     free = shutil.disk_usage(session.root).free
     if free < cost.free_bytes:
         raise UsageError(
-            f"the disk of out={session.root} has {_size(free)} free, {_size(cost.free_bytes)} are needed",
+            f"the disk of out={session.root} has {in_bytes(free)} free, "
+            f"{in_bytes(cost.free_bytes)} are needed",
             "Free some room, choose another out=DIR, or give a smaller count or epochs",
+        )
+    if (left := free_memory(torch.device(session.device))) < cost.least_bytes:
+        raise UsageError(
+            f"{workers} experts at a time need {in_bytes(cost.least_bytes)} of memory and more, "
+            f"{in_bytes(left)} are free",
+            "Give a smaller recipe.batch_size, network.width or workers",
         )
 
 
@@ -206,22 +133,9 @@ def _work(session: Session, jobs: Sequence[ExpertJob], workers: int) -> str:
     return f"{len(jobs)} experts {epochs} of {steps_per_epoch(session)} steps on {processes}"
 
 
-def in_words(cost: Estimate) -> str:
-    """An estimate for people: "12 min, 0.6 GiB of memory, 12 MB on disk"."""
-    seconds = cost.seconds
-    time = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-    time = time if seconds < 5400 else f"{seconds / 3600:.1f} h"
-    return f"{time}, {cost.memory_bytes / 2**30:.1f} GiB of memory, {_size(cost.disk_bytes)} on disk"
-
-
-def _size(count: int) -> str:
-    unit, name = (1e9, "GB") if count >= 10**9 else (1e6, "MB") if count >= 10**6 else (1e3, "kB")
-    return f"{count / unit:.3g} {name}"
-
-
 def _run(
     session: Session,
-    plan: _Plan,
+    plan: Plan,
     jobs: Sequence[ExpertJob],
     workers: int,
     progress: Progress | None,

@@ -6,6 +6,7 @@ from typing import Any
 
 from ddengine import files
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.locks import others
 from expert_buffers.manifest import (
     FILE,
     IDENTITY,
@@ -30,21 +31,25 @@ def open_for_writing(root: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     if root.exists() and not root.is_dir():
         raise UsageError(f"out={root} is a file", "Choose another out=DIR")
     files.make_folder(root)
-    names = {path.name for path in root.iterdir() if not path.name.startswith(files.TEMPORARY)}
+    names = set(others(root))
     ours = {name for name in names if name == MANIFEST or FILE.fullmatch(name) or PARTIAL.fullmatch(name)}
     if foreign := sorted(names - ours):
         raise UsageError(
             f"out={root} holds files that are not an expert buffer, such as {foreign[0]!r}",
             "Choose another out=DIR",
         )
-    manifest = _same_buffer(root, head) if MANIFEST in names else {**head, "plan": {}, "experts": {}}
-    for path in root.glob(f"{files.TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+    manifest = same_buffer(root, head) if MANIFEST in names else new_manifest(head)
+    files.sweep(root)
     _clean(root, manifest["experts"])
     return manifest
 
 
-def _same_buffer(root: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+def new_manifest(head: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a buffer without experts."""
+    return {**head, "plan": {}, "experts": {}}
+
+
+def same_buffer(root: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest in `root`, refused (UsageError) when it is not that of `head`."""
     manifest = read_manifest(root)
     first = difference({k: manifest[k] for k in IDENTITY}, {k: head[k] for k in IDENTITY})

@@ -1,17 +1,19 @@
 """Matchers: one file, one algorithm. `MATCHERS` maps names to default values; `find` and `make` use it.
 
-A distribution adds its own through the entry-point group `ddengine.matchers`, each entry a matcher value.
+A distribution adds its own through the entry-point group `ddengine.matchers`, each entry a matcher value:
+a frozen dataclass with the fields `options`, a frozen dataclass of defaults, and `network`, a NetSpec.
 """
 
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
-from importlib.metadata import entry_points
 from typing import Any
 
+from ddengine import plugins
 from ddengine.errors import UsageError, unknown
 from ddengine.nets.core import NetSpec
 from ddengine.types import Matcher
 from matchers.attention import AttentionMatching
+from matchers.characteristic import CharacteristicMatching
 from matchers.compensator import CompensatorMatching
 from matchers.computation_tree import ComputationTree
 from matchers.distribution import DistributionMatching
@@ -22,6 +24,7 @@ from matchers.tree_herding import TreeHerding
 MATCHERS: dict[str, Any] = {
     "attention": AttentionMatching(),
     "distribution": DistributionMatching(),
+    "characteristic": CharacteristicMatching(),
     "trajectory": TrajectoryMatching(),
     "compensator": CompensatorMatching(),
     "computation_tree": ComputationTree(),
@@ -31,22 +34,46 @@ MATCHERS: dict[str, Any] = {
     "kmeans": SubsetSelection("kmeans"),
     "kcenter": SubsetSelection("kcenter"),
 }
-GROUP = "ddengine.matchers"
+VERBS = ("accepts", "steps", "prepare", "init", "step", "finish")  # of the protocol
+FIELDS = ("options", "network")  # that `make` fills in
 
 
 def names() -> list[str]:
     """Every name that `find` knows, ours first."""
-    return [*MATCHERS, *sorted({e.name for e in entry_points(group=GROUP)} - set(MATCHERS))]
+    return [*MATCHERS, *sorted({plugin.name for plugin in plugins.of("matchers")} - set(MATCHERS))]
 
 
 def find(name: str) -> Any:
-    """The matcher called `name` with its default options (UsageError lists the known and the nearest)."""
+    """The matcher called `name` with its default options (UsageError lists the known and the nearest).
+
+    A plug-in that does not load, that is no matcher, or whose name two distributions give, is a UsageError.
+    """
     if name in MATCHERS:
         return MATCHERS[name]
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            return entry.load()
-    raise unknown("matcher", name, names())
+    plugin = plugins.find("matchers", name)
+    if plugin is None:
+        raise unknown("matcher", name, names())
+    return plugin.load(problem)
+
+
+def problem(found: Any) -> str | None:
+    """What keeps a value from being a matcher, as in "has no steps"; None for a matcher."""
+    if isinstance(found, type):
+        return f"is a class; it must be a value of it: {found.__name__}()"
+    lacking = [verb for verb in VERBS if not hasattr(found, verb)]
+    if lacking:
+        return f"is a {type(found).__name__} and no matcher: it has no {', '.join(lacking)}"
+    if not _is_frozen(found):
+        return "is no frozen dataclass"
+    lacking = [key for key in FIELDS if key not in found.__dataclass_fields__]
+    if lacking:
+        return f"has no field {' and no field '.join(lacking)}"
+    return None if _is_frozen(found.options) else "has options that are no frozen dataclass"
+
+
+def _is_frozen(value: Any) -> bool:
+    parameters = getattr(type(value), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
 
 
 def _group(said: str, prototype: Any, key: str, value: Any) -> Any:

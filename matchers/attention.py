@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets.core import NetSpec, Network
+from ddengine.ops import instance_block
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.segment import Window
@@ -53,7 +54,11 @@ def attention_map(f: Float[Tensor, "n c h w"], p: float | int = 4) -> Float[Tens
             f"attention power p={p}", "Give a finite p >= 1 (4 in the paper, 1 in the released code)"
         )
     f = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
-    return F.normalize(_over_peak(_power(f, p).sum(1).flatten(1)), dim=1)
+    return _unit(_power(f, p).sum(1).flatten(1))
+
+
+def _unit(sums: Float[Tensor, "n _"]) -> Float[Tensor, "n _"]:
+    return F.normalize(_over_peak(sums), dim=1)
 
 
 def _power(f: Tensor, p: float | int) -> Tensor:
@@ -112,13 +117,19 @@ def image_statistics(
     """Normalised attention [n hw_l] of each layer in `layers` (None: all ReLU layers but the last; () : none)
     and the embedding [n d], per image, float32 or wider.
     """
+    if instance_block.applies(net, x, p):
+        count = len(net.convs)  # type: ignore[attr-defined]
+        wanted = tuple(range(count - 1)) if layers is None else tuple(layers)
+        _check_layers(layers, count)
+        embedding, sums = instance_block.features(net, x, p, wanted)  # type: ignore[arg-type]
+        found_at = dict(zip(sorted(set(wanted)), map(_unit, sums), strict=True))
+        return [found_at[layer] for layer in wanted], embedding
 
     def tap(level: int, f: Tensor) -> Tensor | None:
         return attention_map(f, p) if layers is None or level in layers else None
 
     found = net.features(x, None if layers is not None and not layers else tap)
-    if layers is not None and any(not 0 <= layer < len(found.taps) for layer in layers):
-        raise UsageError(f"layers={tuple(layers)}", f"The network has ReLU layers 0 to {len(found.taps) - 1}")
+    _check_layers(layers, len(found.taps))
     maps = found.taps[:-1] if layers is None else [found.taps[layer] for layer in layers]
     wide = (
         found.embedding.float()
@@ -126,6 +137,11 @@ def image_statistics(
         else found.embedding
     )
     return maps, wide
+
+
+def _check_layers(layers: Sequence[int] | None, count: int) -> None:
+    if layers is not None and any(not 0 <= layer < count for layer in layers):
+        raise UsageError(f"layers={tuple(layers)}", f"The network has ReLU layers 0 to {count - 1}")
 
 
 # what the two published forms differ in: the paper's table, and the authors' released code (also batch norm
@@ -146,7 +162,10 @@ class AttentionOptions:
     `chunk` bounds the images in one forward, so that memory grows neither with classes nor with the
     batch; the gradient is averaged over `networks_per_step` fresh networks; `follow_width` weights the
     embedding term, a sum over its d dimensions, by 2048 / d, so that narrow networks keep the published
-    balance of the two terms; `synth` says what is free: pixels, or bases and compensators.
+    balance of the two terms; `synth` says what is free: pixels, or bases and compensators; `compile` is on,
+    off, or auto: on in long runs on a GPU. With `bank` "on" a pair of network and
+    augmentation serves `bank_reuse` steps, and its real targets, of `bank_real` images a class (None:
+    `real_per_class`), are computed once and kept (see `matchers.target_bank`).
     """
 
     variant: str = "paper"
@@ -169,6 +188,10 @@ class AttentionOptions:
     chunk: int = 128
     codec: str = "uint8"
     synth: FormOptions = FormOptions()
+    compile: str = "auto"
+    bank: str = "off"
+    bank_reuse: int = 5
+    bank_real: int | None = None
 
     def __post_init__(self) -> None:
         require(self.variant, VARIANTS, "matcher.variant")
@@ -214,8 +237,16 @@ class AttentionMatching:
         return int(self.options.steps or 0)
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
-        """Data and one network on the device."""
-        return descent.workspace(task, self.network, self.options)
+        """Data, one network and its statistics on the device."""
+        o = self.options
+        p, layers = o.p or 4, o.layers if o.sam_weight else ()
+
+        def statistics(net: Network, x: Tensor) -> list[Tensor]:
+            maps, embedding = image_statistics(net, x, p, layers)
+            return [*maps, embedding]
+
+        measured = {"p": float(p) if layers != () else None, "layers": layers}
+        return descent.workspace(task, self.network, o, self.steps(task), statistics, measured)
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
@@ -225,16 +256,12 @@ class AttentionMatching:
         """One descent on the attention matching loss of `networks_per_step` fresh networks."""
         o = self.options
 
-        def statistics(net: Network, x: Tensor) -> list[Tensor]:
-            maps, embedding = image_statistics(net, x, o.p or 4, o.layers if o.sam_weight else ())
-            return [*maps, embedding]
-
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
             pair = [Statistics(tuple(s[:-1]), s[-1]) for s in (real, synthetic)]
             weight = o.mmd_weight * descent.width_factor(real[-1].shape[1], o.follow_width)
             return attention_matching_loss(pair[0], pair[1], weight, o.scale, o.sam_weight)
 
-        return descent.step(state, work, rng, o, self.steps(work.task), statistics, loss)
+        return descent.step(state, work, rng, o, self.steps(work.task), loss)
 
     def finish(self, state: PixelState, work: Workspace, rng: Rng) -> SynthSet:
         """The set as it stands; it is quantised when it is packed."""

@@ -1,31 +1,37 @@
 """What the pixel matchers share: the start, one gradient over drawn networks in chunks, one momentum step."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.nets import build, has_batch_norm, resolve
 from ddengine.nets.core import NetSpec, Network, initialise
 from ddengine.ops import dsa
+from ddengine.ops.compiled import compiled_statistics
+from ddengine.ops.instance_block import CACHE
 from ddengine.rng import Rng
-from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
+from ddengine.types import Accepts, DataSpec, Metrics, SynthSet, Task, Workspace
 from expert_buffers.segment import Window
 from expert_buffers.store import ExpertBuffer
+from matchers.class_means import classes_of, group_means, groups, listing, members
 from matchers.parametrised import FormOptions, form, per_class
-from synth.compensated import Compensated
-from synth.pixels import CODECS
+from matchers.target_bank import TargetBank, opened, pair
+from synth.factored import Factored
+from synth.pixels import CODECS, Pixels
 from synth.starts import STARTS, start_images
 
 PUBLISHED_EMBEDDING = 2048  # dimensions summed over in the papers, to which their rates and weights belong
 SCHEDULES = ("constant", "cosine", "drop")
-NETWORKS = ("random", "buffer")
+SOURCES = ("random", "buffer")
+COMPILE = ("auto", "on", "off")
+BANK = ("off", "on")
+PAYS_FROM = 1000  # steps that pay for compiling, which takes tens of seconds
 Statistics = Callable[[Network, Tensor], list[Tensor]]
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 
@@ -58,20 +64,31 @@ class DescentOptions(Protocol):
     def codec(self) -> str: ...
     @property
     def synth(self) -> FormOptions: ...
+    @property
+    def bank(self) -> str: ...
+    @property
+    def bank_reuse(self) -> int: ...
+    @property
+    def bank_real(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
 class PixelState:
-    """A synthetic set on its way: steps done, the set, and the velocity of each of its free tensors."""
+    """A synthetic set on its way: steps done, the set, and the velocity of each of its free tensors.
+
+    `compiled` says how the steps so far were computed.
+    """
 
     step: int
     synth: SynthSet
     velocity: dict[str, Tensor]
+    compiled: bool | None = None
 
 
 def check_options(o: Any) -> None:
     """Refuse values outside their range among the options that the pixel matchers share (UsageError)."""
-    for key in ("steps", "real_per_class", "networks_per_step", "chunk", "lr"):
+    whole = ("steps", "real_per_class", "networks_per_step", "chunk", "bank_reuse", "bank_real")
+    for key in (*whole, "lr"):
         value = getattr(o, key)
         if value is not None:
             require_positive(f"matcher.{key}", value)
@@ -82,7 +99,9 @@ def check_options(o: Any) -> None:
     require_positive("matcher.momentum", o.momentum, zero=True)
     require(o.start, STARTS, "matcher.start")
     require(o.codec, CODECS, "matcher.codec")
-    require(o.networks, NETWORKS, "matcher.networks")
+    require(o.networks, SOURCES, "matcher.networks")
+    require(o.bank, BANK, "matcher.bank")
+    require(getattr(o, "compile", "off"), COMPILE, "matcher.compile")
     if o.schedule is not None:
         require(o.schedule, SCHEDULES, "matcher.schedule")
     if o.augment != "auto":
@@ -99,18 +118,72 @@ def start(task: Task, rng: Rng, o: DescentOptions) -> PixelState:
 
 def accepted(o: DescentOptions) -> Accepts:
     """What a pixel matcher works on: images, and experts where it draws its networks from a buffer."""
-    return Accepts(source="images", experts=o.networks == "buffer", batch_norm=True)
+    return Accepts(source="images", experts=o.networks == "buffer", batch_norm=True, replicas=True)
 
 
-def workspace(task: Task, network: NetSpec, o: DescentOptions) -> Workspace:
-    """The task with its data resident on the device and one network whose weights each step draws anew."""
+def workspace(
+    task: Task,
+    network: NetSpec,
+    o: DescentOptions,
+    steps: int,
+    statistics: Statistics,
+    measured: Mapping[str, Any],
+) -> Workspace:
+    """The task with its data resident on the device and one network whose weights each step draws anew.
+
+    `measured` names what `statistics` depends on beside network and images, as plain JSON values.
+    """
     spec, classes = task.images.spec, len(task.images.spec.classes)
-    net = build(resolve(network, spec.shape), spec.shape, classes, Rng(0).torch("weights"))
+    resolved = resolve(network, spec.shape)
+    net = build(resolved, spec.shape, classes, Rng(0).torch("weights"))
     net = net.to(task.device).to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
-    extra = {"net": net, "together": has_batch_norm(net)}
+    extra: dict[str, Any] = {"net": net, "together": has_batch_norm(net), "statistics": statistics}
+    notes: list[str | None] = []
+    if _compiles(o, steps, task.device):
+        at_once = _at_once(spec, net, o, task.device)
+        probe = torch.randn((at_once or 8, *spec.shape), generator=Rng(0).torch("probe")).to(task.device)
+        made = compiled_statistics(statistics, net, probe, task.precision, at_once)
+        extra["statistics"], said = made
+        notes.append(said)
+    extra["compiled"] = extra["statistics"] is not statistics
     if o.networks == "buffer":
         extra["experts"] = _experts(task, network, o.window)
-    return Workspace(task, task.images.to(task.device), extra)
+    if o.bank == "on":
+        experts = {"digest": task.experts.digest, **asdict(o.window)} if o.networks == "buffer" else None
+        facts = {
+            **measured, "compiled": extra["compiled"], "experts": experts, "chunk": o.chunk,
+            "augment": _strategy(task, o), "real": o.bank_real or o.real_per_class,
+        }  # fmt: skip
+        extra["bank"], said = opened(task, resolved, net, facts)
+        notes.append(said)
+    return Workspace(task, task.images.to(task.device), extra, tuple(note for note in notes if note))
+
+
+def _compiles(o: DescentOptions, steps: int, device: torch.device) -> bool:
+    """Whether to compile: as told, or in a run on a GPU that is long enough to gain by it.
+
+    On a CPU it gains a tenth over `ops.instance_block` on real images and nothing on synthetic ones
+    (measured, ConvNet-3 of width 128): too little for bits that depend on there being a compiler.
+    """
+    told = getattr(o, "compile", "off")
+    return told == "on" or (told == "auto" and steps >= PAYS_FROM and device.type == "cuda")
+
+
+def _at_once(spec: DataSpec, net: nn.Module, o: DescentOptions, device: torch.device) -> int | None:
+    """Images that are best given to a compiled network at once: None is all that there are, for batch norm.
+
+    A chunk on a GPU; on a CPU as many as leave two times the first map about in cache.
+    """
+    if has_batch_norm(net):
+        return None
+    if device.type != "cpu":
+        return o.chunk
+    width = next((m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 1)
+    return max(2, min(o.chunk, 2 * CACHE // (4 * width * spec.shape[1] * spec.shape[2])))
+
+
+def _strategy(task: Task, o: DescentOptions) -> str:
+    return dsa.strategy_for(task.images.spec.name) if o.augment == "auto" else o.augment
 
 
 def checked(task: Task, network: NetSpec) -> NetSpec:
@@ -146,121 +219,137 @@ def draw_network(work: Workspace, rng: Rng, o: DescentOptions, iteration: int) -
     return work.task.experts.load(work.extra["net"], number, row).train()
 
 
-def groups(classes: int, per_class: int, chunk: int, together: bool) -> Iterator[Int[Tensor, " g"]]:
-    """Consecutive classes in groups of at most `chunk` images (at least one class); all if `together`.
+def measure(work: Workspace, net: Network, x: Tensor, params: dsa.DsaParams, rows: Tensor) -> list[Tensor]:
+    """The statistics of augmented images: image i under the row `rows[i]` of `params`."""
+    x = dsa.apply(x, params, rows).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(work.task.device.type, torch.bfloat16, enabled=work.task.precision == "bf16"):
+        return work.extra["statistics"](net, x)
 
-    `per_class` is the larger of the real and the synthetic images of a class.
+
+@torch.no_grad()
+def real_targets(
+    work: Workspace, net: Network, rng: Rng, params: dsa.DsaParams, o: DescentOptions, per_class: int
+) -> list[Float[Tensor, "k _"]]:
+    """Class means of the statistics of up to `per_class` real images a class, drawn from `rng`.
+
+    Groups of classes are taken in turn and the images of a group in pieces of `chunk`; with batch norm all
+    go together, because the batch is part of the statistics.
     """
-    yield from torch.arange(classes).split(classes if together else max(1, chunk // per_class))
-
-
-def members(classes: Int[Tensor, " n"], count: int) -> list[Tensor]:
-    """The indices of each of `count` classes in a label vector."""
-    return [(classes.cpu() == c).nonzero().squeeze(1) for c in range(count)]
-
-
-def classes_of(synth: SynthSet) -> Int[Tensor, " n"]:
-    """The class of every image of a set, of composites without making them."""
-    return synth.composites().classes if isinstance(synth, Compensated) else synth.decode().classes
-
-
-def listing(picks: list[Tensor], group: Int[Tensor, " g"]) -> tuple[Tensor, Tensor]:
-    """The picked indices of the classes in `group`, class after class, and each one's place in `group`."""
-    chosen = [picks[c] for c in group.tolist()]
-    place = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(p) for p in chosen]))
-    return torch.cat(chosen), place
-
-
-def group_means(
-    pieces: Iterator[tuple[list[Tensor], Int[Tensor, " n"]]], count: int
-) -> list[Float[Tensor, "g _"]]:
-    """Class means of per-image statistics that arrive in pieces, each with its images' places in the group.
-
-    Every class needs an image: one without has the mean 0.
-    """
-    sums: list[Tensor] = []
-    numbers = torch.zeros(count)
-    for values, place in pieces:
-        member = F.one_hot(place, count).T
-        numbers += member.sum(1)
-        added = [member.to(v) @ v for v in values]  # a product, not a scatter: the same bits on every run
-        sums = [s + a for s, a in zip(sums, added, strict=True)] if sums else added
-    return [s / numbers.clamp(min=1).to(s)[:, None] for s in sums]
+    k, together = len(work.data.spec.classes), work.extra["together"]
+    picks = work.data.draw(rng.torch("real"), range(k), per_class)
+    means = []
+    for group in groups(k, per_class, o.chunk, together):
+        index, place = listing(picks, group)
+        pieces = torch.arange(len(index)).split(len(index) if together else o.chunk)
+        read = ((work.data.model_input(index[i].to(work.task.device)), place[i]) for i in pieces)
+        means.append(
+            group_means(((measure(work, net, x, params, group[at]), at) for x, at in read), len(group))
+        )
+    return [torch.cat(parts) for parts in zip(*means, strict=True)]
 
 
 def matching_gradient(
     synth: SynthSet,
     work: Workspace,
     net: Network,
-    rng: Rng,
+    params: dsa.DsaParams,
+    targets: list[Tensor],
     o: DescentOptions,
-    statistics: Statistics,
     loss: Loss,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of `loss` between class means of real and synthetic statistics on `net`; the loss.
+    """Gradient of `loss` between `targets` and class means of synthetic statistics on `net`; the loss.
 
-    Each class has its own DSA parameters, the same for its real and synthetic images (siamese). Groups of
-    classes are taken in turn and the real images of a group in pieces of `chunk`; with batch norm all classes
-    go together, real and synthetic apart, because the batch is part of the statistics.
+    Groups of classes of at most `chunk` images are taken in turn; with batch norm all classes go together.
     """
-    spec, device, together = work.data.spec, work.task.device, work.extra["together"]
-    k, per_class = len(spec.classes), o.real_per_class or 1
-    strategy = dsa.strategy_for(spec.name) if o.augment == "auto" else o.augment
-    params = dsa.sample(rng.torch("augment"), strategy, k, spec.shape[1:])
-    real = work.data.draw(rng.torch("real"), range(k), per_class)
-    mine = members(classes_of(synth), k)
+    k = len(work.data.spec.classes)
+    mine = _members(work, synth, k)
     free = {key: value.detach().requires_grad_() for key, value in synth.params().items()}
-    live = synth.replace(free)
-    total = torch.zeros((), device=device)
     gradients = {key: torch.zeros_like(value) for key, value in free.items()}
-
-    def measure(x: Tensor, rows: Tensor) -> list[Tensor]:
-        x = dsa.apply(x, params, rows).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=work.task.precision == "bf16"):
-            return statistics(net, x)
-
-    largest = max(per_class, *(len(m) for m in mine))
-    for group in groups(k, largest, o.chunk, together):
-        index, place = listing(real, group)
-        pieces = torch.arange(len(index)).split(len(index) if together else o.chunk)
-        with torch.no_grad():
-            read = ((work.data.model_input(index[i].to(device)), place[i]) for i in pieces)
-            target = group_means(((measure(x, group[at]), at) for x, at in read), len(group))
+    total = torch.zeros((), device=work.task.device)
+    largest = max(len(m) for m in mine)
+    for group in groups(k, largest, o.chunk, work.extra["together"]):
         index, place = listing(mine, group)
-        ours = group_means(
-            iter([(measure(live.decode(index.to(device)).x, group[place]), place)]), len(group)
-        )
-        part = loss(target, ours)
-        for key, g in zip(free, torch.autograd.grad(part, list(free.values())), strict=True):
-            gradients[key] += g
+        index = index.to(work.task.device)
+        x = free["images"][index].detach().requires_grad_() if isinstance(synth, Pixels) else None
+        seen = synth.replace(free).decode(index).x if x is None else x
+        ours = group_means(iter([(measure(work, net, seen, params, group[place]), place)]), len(group))
+        first, last = int(group[0]), int(group[-1]) + 1
+        part = loss([t[first:last] for t in targets], ours)
+        if x is not None:  # not through the whole set, which would be written once a group
+            gradients["images"][index] = torch.autograd.grad(part, x)[0]
+        else:
+            for key, g in zip(free, torch.autograd.grad(part, list(free.values())), strict=True):
+                gradients[key] += g
         total = total + part.detach()
     return gradients, total
 
 
+def _members(work: Workspace, synth: SynthSet, count: int) -> list[Tensor]:
+    """`members` of a set's classes, looked up again only where its labels are other tensors than before."""
+    own = "labels" if isinstance(synth, Pixels | Factored) else "classes"
+    labels = getattr(synth, own, None)
+    known, found = work.extra.get("members", (None, []))
+    if labels is None or known is not labels:
+        found = members(classes_of(synth), count)
+        work.extra["members"] = (labels, found)
+    return found
+
+
+def _found(
+    state: PixelState, work: Workspace, rng: Rng, o: DescentOptions, number: int, loss: Loss
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient and loss of one network; `rng` is its replica's, `number` counts the networks of a run."""
+    spec, iteration = work.data.spec, state.step
+    here = rng.fold("step", *divmod(number, o.networks_per_step))
+    if o.bank == "on":
+        place, first = pair(number, o.bank_reuse)
+        here = rng.fold("bank", place)
+        iteration = first // o.networks_per_step if o.networks == "buffer" else 0
+    net = draw_network(work, here, o, iteration)
+    if "on_draw" in work.extra:  # what the statistics draw beside the network
+        work.extra["on_draw"](here)
+    # siamese: a row of parameters for the real and the synthetic images of a class
+    strategy = _strategy(work.task, o)
+    params = dsa.sample(here.torch("augment"), strategy, len(spec.classes), spec.shape[1:])
+
+    def made() -> list[Tensor]:
+        count = (o.bank_real if o.bank == "on" else None) or o.real_per_class or 1
+        return real_targets(work, net, here, params, o, count)
+
+    bank: TargetBank | None = work.extra.get("bank")
+    targets = bank.targets(here, iteration, work.task.device, made) if bank is not None else made()
+    return matching_gradient(state.synth, work, net, params, targets, o, loss)
+
+
 def step(
-    state: PixelState,
-    work: Workspace,
-    rng: Rng,
-    o: DescentOptions,
-    steps: int,
-    statistics: Statistics,
-    loss: Loss,
+    state: PixelState, work: Workspace, rng: Rng, o: DescentOptions, steps: int, loss: Loss
 ) -> tuple[PixelState, Metrics]:
     """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over drawn networks."""
-    rng = rng.fold("step", state.step)
-    runs = []
-    for run in (rng.fold(i) for i in range(o.networks_per_step)):
-        net = draw_network(work, run, o, state.step)
-        runs.append(matching_gradient(state.synth, work, net, run, o, statistics, loss))
+    state = _as_before(state, work.extra["compiled"])
+    first, parts = state.step * o.networks_per_step, []
+    for stream in work.task.streams(rng):
+        runs = [_found(state, work, stream, o, first + i, loss) for i in range(o.networks_per_step)]
+        mean = {key: torch.stack([g[key] for g, _ in runs]).mean(0) for key in state.velocity}
+        parts.append({**mean, "loss": torch.stack([value for _, value in runs]).mean()})
+    found = work.reduce(parts)
     lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
-    params = state.synth.params()
     velocity, moved = {}, {}
-    for key, value in params.items():
-        gradient = work.reduce(torch.stack([g[key] for g, _ in runs]).mean(0))
-        velocity[key] = o.momentum * state.velocity[key] + gradient
-        moved[key] = (value - lr * o.synth.factor(key) * velocity[key]).detach()
-    metrics = {"loss": torch.stack([value for _, value in runs]).mean(), "lr": lr}
+    for key, value in state.synth.params().items():
+        velocity[key] = o.momentum * state.velocity[key] + found[key]
+        moved[key] = (value - lr * o.synth.relative_rate(key) * velocity[key]).detach()
+    metrics = {"loss": found["loss"], "lr": lr}
     return replace(state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity), metrics
+
+
+def _as_before(state: PixelState, compiled: bool) -> PixelState:
+    """The state, refused where its steps so far were computed in the other way (UsageError)."""
+    if state.compiled not in (None, compiled):
+        was, now = ("compiled", "not compiled") if state.compiled else ("not compiled", "compiled")
+        raise UsageError(
+            f"the steps so far were {was}, the next would be {now}: the set would be another one",
+            "Go on where there is the same compiler, or start again in another out=DIR",
+        )
+    return replace(state, compiled=compiled)
 
 
 def width_factor(dimensions: int, follow: bool) -> float:

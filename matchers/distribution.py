@@ -42,6 +42,10 @@ class DistributionOptions:
     chunk: int = 128
     codec: str = "uint8"
     synth: FormOptions = FormOptions()
+    compile: str = "auto"
+    bank: str = "off"
+    bank_reuse: int = 5
+    bank_real: int | None = None
 
     def __post_init__(self) -> None:
         require_positive("matcher.scale", self.scale)
@@ -65,8 +69,9 @@ class DistributionMatching:
         return self.options.steps
 
     def prepare(self, task: Task, rng: Rng) -> Workspace:
-        """Data and one network on the device."""
-        return descent.workspace(task, self.network, self.options)
+        """Data, one network and its embedding on the device."""
+        measured = {"p": None, "layers": ()}
+        return descent.workspace(task, self.network, self.options, self.options.steps, _embedding, measured)
 
     def init(self, task: Task, rng: Rng) -> PixelState:
         """Pixels at the chosen start, at rest."""
@@ -75,15 +80,16 @@ class DistributionMatching:
     def step(self, state: PixelState, work: Workspace, rng: Rng) -> tuple[PixelState, Metrics]:
         """One descent on the squared distance of class mean embeddings."""
 
-        def statistics(net: Network, x: Tensor) -> list[Tensor]:
-            return [image_statistics(net, x, layers=())[1]]
-
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
             factor = descent.width_factor(real[0].shape[1], self.options.follow_width)
             return self.options.scale * factor * mmd_term(real[0], synthetic[0])
 
-        return descent.step(state, work, rng, self.options, self.options.steps, statistics, loss)
+        return descent.step(state, work, rng, self.options, self.options.steps, loss)
 
     def finish(self, state: PixelState, work: Workspace, rng: Rng) -> SynthSet:
         """The set as it stands; it is quantised when it is packed."""
         return state.synth
+
+
+def _embedding(net: Network, x: Tensor) -> list[Tensor]:
+    return [image_statistics(net, x, layers=())[1]]

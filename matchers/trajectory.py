@@ -13,7 +13,6 @@ Published, CIFAR-10, ConvNet-3 of width 128, 1 / 10 / 50 images per class: 46.2 
 """
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,21 +28,28 @@ from ddengine.nets import build, resolve
 from ddengine.nets.core import NetSpec
 from ddengine.ops import dsa
 from ddengine.ops.compiled import Compiled, derivatives
-from ddengine.ops.unroll import GRADIENTS, Derivatives, Gradients, Inner, Method, unroll
+from ddengine.ops.unroll import GRADIENTS, Gradients, Inner, Method, unroll
 from ddengine.rng import Rng
-from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace, label_bytes
+from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.params import ParamSpec
 from expert_buffers.segment import Plan, Prefetch, Segment
 from matchers import descent, parametrised, student, teachers
 from matchers.descent import scheduled
 from matchers.parametrised import Beside
 from matchers.student import InnerOptions
-from matchers.trajectory_options import TrajectoryOptions, compiles, has_compiler, is_long
+from matchers.trajectory_options import (
+    RATE_BYTES,
+    TrajectoryOptions,
+    compiles,
+    estimate,
+    has_compiler,
+    is_long,
+    require_ipc,
+)
 
 __all__ = ["InnerOptions", "TrajectoryMatching", "TrajectoryOptions", "trajectory_loss", "unroll"]
 
 NORMS = 32  # gradient norms remembered for clipping
-RATE_BYTES = 4  # a float32 beside the images
 PATIENCE = 100  # skipped steps in a row that end a run
 
 
@@ -84,13 +90,31 @@ class TrajectoryState:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """Reads ahead the segments of each replica that this process computes."""
+
+    each: tuple[Prefetch, ...]
+
+    def get(self, iteration: int) -> list[Segment]:
+        """The segment of each replica at an iteration."""
+        return [reader.get(iteration) for reader in self.each]
+
+    def close(self) -> None:
+        """Stop reading."""
+        for reader in self.each:
+            reader.close()
+
+
+@dataclass(frozen=True)
 class TrajectoryMatching:
     """Matching of expert trajectories (see the head of this file)."""
 
     options: TrajectoryOptions = TrajectoryOptions()
     network: NetSpec = NetSpec()
 
-    accepts: ClassVar[Accepts] = Accepts(source="images", experts=True, batch_norm=True, bf16=False)
+    accepts: ClassVar[Accepts] = Accepts(
+        source="images", experts=True, batch_norm=True, bf16=False, replicas=True
+    )
 
     def steps(self, task: Task) -> int:
         """Outer iterations: the option."""
@@ -100,6 +124,7 @@ class TrajectoryMatching:
         """The student's network and derivatives, and segments that are read ahead."""
         o, spec = self.options, task.images.spec
         network, plan = self._plan(task, rng)
+        plans = [replace(plan, rng=stream.fold("segments")) for stream in task.streams(rng)]
         fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
         net = student.without_running_statistics(fresh.to(task.device).requires_grad_(False))
         layout = ParamSpec.of(net)
@@ -111,8 +136,8 @@ class TrajectoryMatching:
         if o.inner.backend == "higher":
             method = partial(student.higher_gradient, net, layout)
         extra = {
-            "plan": plan, "prefetch": Prefetch(task.experts, plan, task.device), "layout": layout, "net": net,
-            "derivatives": made, "method": method,
+            "plan": plan, "layout": layout, "net": net, "derivatives": made, "method": method,
+            "readers": Readers(tuple(Prefetch(task.experts, plan, task.device) for plan in plans)),
         }  # fmt: skip
         if o.labels == "target":
             fresh = build(network, spec.shape, len(spec.classes), Rng(0).torch("weights"))
@@ -120,7 +145,7 @@ class TrajectoryMatching:
         if o.compile == "auto" and is_long(o) and not has_compiler(task.device):
             notes.append("not compiled, which is slower: there is no C++ compiler")
         if is_long(o):
-            notes.append(_estimate(o, made, probe))
+            notes.append(estimate(o, made, probe))
         return Workspace(task, task.images, extra, tuple(note for note in notes if note))
 
     def _plan(self, task: Task, rng: Rng) -> tuple[NetSpec, Plan]:
@@ -138,7 +163,7 @@ class TrajectoryMatching:
     def init(self, task: Task, rng: Rng) -> TrajectoryState:
         """Images at the chosen start, their labels, the student's rate, all at rest."""
         o = self.options
-        _require_ipc(task, o)
+        require_ipc(task, o)
         network, _ = self._plan(task, rng)
         beside = self._beside(task)
         count = parametrised.per_class(task, o.synth, o.codec, beside)
@@ -158,35 +183,47 @@ class TrajectoryMatching:
         return TrajectoryState(0, synth, log_rate, velocity, norms, average)
 
     def step(self, state: TrajectoryState, work: Workspace, rng: Rng) -> tuple[TrajectoryState, Metrics]:
-        """One segment, one student, one descent; none where the loss is not finite or above `skip_above`."""
+        """One descent on the mean gradient of the replicas, each with its own segment and student; none where
+        their mean loss is not finite or above `skip_above`.
+        """
         o = self.options
         state = _as_before(state, isinstance(work.extra["derivatives"], Compiled))
-        segment: Segment = work.extra["prefetch"].get(state.step)
-        with float32(work.task.device):
-            found = self.gradients(state, work, segment, rng.fold("step", state.step))
-        by_name = parametrised.pulled_back(state.synth, found.images)
-        by_name["rate"] = found.rate * state.log_rate.exp()
-        if found.labels is not None:
-            by_name["labels"] = found.labels
-        moving = {key: work.reduce(by_name[key]) for key in state.velocity}
+        segments: list[Segment] = work.extra["readers"].get(state.step)
+        streams = work.task.streams(rng.fold("step", state.step))
+        found = work.reduce([self._found(state, work, *pair) for pair in zip(segments, streams, strict=True)])
+        miss, moving = found["miss"], {key: found[key] for key in state.velocity}
         sizes = {key: value.norm() for key, value in moving.items()}
-        finite = bool(torch.stack([found.miss, *sizes.values()]).isfinite().all())
+        finite = bool(torch.stack([miss, *sizes.values()]).isfinite().all())
         sizes_said = {f"gradient_{key}": value for key, value in sizes.items()}
         metrics: Metrics = {
-            **({"loss": found.miss, **sizes_said} if finite else {}),
-            "rate": state.log_rate.exp(), "epoch": segment.epoch, "expert": segment.expert,
-            "distance": (segment.start - segment.targets[-1]).square().sum(),
-        }  # fmt: skip
-        if not finite or (o.skip_above is not None and bool(found.miss > o.skip_above)):
+            **({"loss": miss, **sizes_said} if finite else {}),
+            "rate": state.log_rate.exp(),
+            **({"epoch": segments[0].epoch, "expert": segments[0].expert} if work.task.replicas == 1 else {}),
+            "distance": found["distance"],
+        }
+        if not finite or (o.skip_above is not None and bool(miss > o.skip_above)):
             state = replace(state, step=state.step + 1, skipped=state.skipped + 1, in_row=state.in_row + 1)
             if state.in_row >= PATIENCE:
                 raise DDError(
-                    f"{PATIENCE} steps in a row were skipped, the last with loss {float(found.miss):.3g}",
+                    f"{PATIENCE} steps in a row were skipped, the last with loss {float(miss):.3g}",
                     "Lower matcher.inner.rate or matcher.lr, or raise matcher.skip_above",
                 )
         else:
             state = self._moved(state, moving, sizes, work.task)
         return state, metrics | {"skipped": state.skipped}
+
+    def _found(
+        self, state: TrajectoryState, work: Workspace, segment: Segment, rng: Rng
+    ) -> dict[str, Tensor]:
+        """The gradient of one segment for all that moves, its loss as "miss", and how far the expert went."""
+        with float32(work.task.device):
+            found = self.gradients(state, work, segment, rng)
+        by_name = parametrised.pulled_back(state.synth, found.images)
+        by_name["rate"] = found.rate * state.log_rate.exp()
+        if found.labels is not None:
+            by_name["labels"] = found.labels
+        distance = (segment.start - segment.targets[-1]).square().sum()
+        return {**{key: by_name[key] for key in state.velocity}, "miss": found.miss, "distance": distance}
 
     def gradients(self, state: TrajectoryState, work: Workspace, segment: Segment, rng: Rng) -> Gradients:
         """The loss of one segment and its gradient for images, labels and rate; `rng` is the step's."""
@@ -220,7 +257,7 @@ class TrajectoryMatching:
         """The state after one momentum step of everything that moves."""
         o = self.options
         pixels = scheduled(o.lr, o.schedule, state.step, o.steps)
-        lr = {key: pixels * o.synth.factor(key) for key in gradients}
+        lr = {key: pixels * o.synth.relative_rate(key) for key in gradients}
         lr["labels"] = scheduled(o.lr_labels, o.schedule, state.step, o.steps)
         lr["rate"] = o.lr_rate / o.inner.rate**2
         momentum = {key: o.labels_momentum if key == "labels" else o.momentum for key in gradients}
@@ -265,28 +302,6 @@ def clip_factor(size: Float[Tensor, ""], before: Float[Tensor, " n"], clip: floa
     return (clip * known.median() / size).clamp(max=1.0)
 
 
-def _require_ipc(task: Task, o: TrajectoryOptions) -> None:
-    """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft, and
-    one that has no room for the student's rate.
-    """
-    if o.synth.name != "pixels":
-        return  # its plan counts every byte
-    c, h, w = task.images.spec.shape
-    classes = len(task.images.spec.classes)
-    needed = task.ipc * classes * (c * h * w + 8 * c + label_bytes(classes)) + RATE_BYTES
-    assert task.budget is not None
-    if task.budget.nbytes is not None and needed > task.budget.nbytes:
-        raise UsageError(
-            f"budget.nbytes={task.budget.nbytes} leaves no room for the student's rate",
-            f"Give budget.nbytes={needed}",
-        )
-    if task.budget.nbytes is not None and o.labels != "hard":
-        raise UsageError(
-            f"budget.nbytes={task.budget.nbytes} with matcher.labels={o.labels}: bytes are for hard labels",
-            "Give ipc=N, or matcher.labels=hard",
-        )
-
-
 @contextmanager
 def float32(device: torch.device) -> Iterator[None]:
     """Inside, convolutions on a GPU are in float32, not TF32: the miss is a difference of weights."""
@@ -307,17 +322,3 @@ def _as_before(state: TrajectoryState, compiled: bool) -> TrajectoryState:
             "Go on where there is the same compiler, or start again in another out=DIR",
         )
     return replace(state, compiled=compiled)
-
-
-def _estimate(o: TrajectoryOptions, made: Derivatives, probe: tuple[Tensor, Tensor, Tensor]) -> str:
-    """What the whole run will take, from one student step forwards and backwards."""
-    began = time.perf_counter()
-    with torch.no_grad():
-        made.first(*probe)
-    float(made.second(probe[0], *probe, True)[0].sum())
-    minutes = o.steps * o.inner.steps * (time.perf_counter() - began) / 60
-    path = (o.inner.steps + 1) * probe[0].numel() * 4 / 2**20
-    return (
-        f"{o.steps} steps of {o.inner.steps} student steps: about {minutes:.0f} min, "
-        f"{path:.0f} MiB for the student's path"
-    )

@@ -1,13 +1,16 @@
 """Options of trajectory matching, and what follows from them: which are allowed, when compiling pays."""
 
 import shutil
+import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ddengine.errors import UsageError, require, require_positive
 from ddengine.ops import dsa
-from ddengine.ops.unroll import GRADIENTS
+from ddengine.ops.unroll import GRADIENTS, Derivatives
+from ddengine.types import Task, label_bytes
 from expert_buffers.segment import ORDERS, Window
 from matchers import descent, student, teachers
 from matchers.parametrised import FormOptions
@@ -15,6 +18,7 @@ from matchers.student import InnerOptions
 from synth.pixels import CODECS
 from synth.starts import STARTS
 
+RATE_BYTES = 4  # a float32 beside the images
 LABELS = ("hard", "soft", "learned", "target")
 SWITCH = ("auto", "on", "off")
 PAYS_FROM = 20_000  # student steps in all: compiling costs a minute of CPU and halves the time of a step
@@ -117,3 +121,39 @@ def is_long(o: TrajectoryOptions) -> bool:
 def has_compiler(device: torch.device) -> bool:
     """Whether there is something to compile with: a GPU brings its own."""
     return device.type == "cuda" or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+def require_ipc(task: Task, o: TrajectoryOptions) -> None:
+    """Refuse a budget in bytes, which counts one class number an image, for labels that are stored soft, and
+    one that has no room for the student's rate.
+    """
+    if o.synth.name == "compensated":
+        return  # its plan counts every byte
+    c, h, w = task.images.spec.shape
+    classes = len(task.images.spec.classes)
+    needed = task.ipc * classes * (c * h * w + 8 * c + label_bytes(classes)) + RATE_BYTES
+    assert task.budget is not None
+    if task.budget.nbytes is not None and needed > task.budget.nbytes:
+        raise UsageError(
+            f"budget.nbytes={task.budget.nbytes} leaves no room for the student's rate",
+            f"Give budget.nbytes={needed}",
+        )
+    if task.budget.nbytes is not None and o.labels != "hard":
+        raise UsageError(
+            f"budget.nbytes={task.budget.nbytes} with matcher.labels={o.labels}: bytes are for hard labels",
+            "Give ipc=N, or matcher.labels=hard",
+        )
+
+
+def estimate(o: TrajectoryOptions, made: Derivatives, probe: tuple[Tensor, Tensor, Tensor]) -> str:
+    """What the whole run will take, from one student step forwards and backwards."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        made.first(*probe)
+    float(made.second(probe[0], *probe, True)[0].sum())
+    minutes = o.steps * o.inner.steps * (time.perf_counter() - began) / 60
+    path = (o.inner.steps + 1) * probe[0].numel() * 4 / 2**20
+    return (
+        f"{o.steps} steps of {o.inner.steps} student steps: about {minutes:.0f} min, "
+        f"{path:.0f} MiB for the student's path"
+    )

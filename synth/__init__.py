@@ -2,6 +2,7 @@
 
 from synth.budget import SheetPlan, nominal_bytes, plan
 from synth.compensated import Compensated
+from synth.factored import Factored
 from synth.forest import Forest
 from synth.forms import FORMS, Form
 from synth.graph_subset import GraphSubset, stored_graphs
@@ -20,6 +21,7 @@ __all__ = [
     "STARTS",
     "Compensated",
     "DistilledSet",
+    "Factored",
     "Forest",
     "Form",
     "GraphSubset",

@@ -56,6 +56,12 @@ def describe_composites(manifest: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [bases, _compensators(tensors), _soft_labels(manifest), networks]))
 
 
+def describe_grids(manifest: Mapping[str, Any]) -> str:
+    """What a set of grids holds, on one line: its stored images and what is in each."""
+    stored, factor = manifest["tensors"]["images"]["shape"][0], manifest["factor"]
+    return f"{stored} stored images, each a grid of {factor} x {factor} smaller ones"
+
+
 def _compensators(tensors: Mapping[str, Any]) -> str:
     if "compensators" not in tensors:
         return "no compensators"
@@ -93,7 +99,24 @@ def _what_composites(manifest: Mapping[str, Any]) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
+def _what_grids(manifest: Mapping[str, Any]) -> str:
+    count, budget, factor = manifest["count"], manifest["budget"], manifest["factor"]
+    stored = manifest["tensors"]["images"]["shape"][0]
+    return "\n\n".join(
+        [
+            f"{count} synthetic training images, stored as `factored` in {budget['total']} bytes: "
+            f"{describe_grids(manifest)}. The stored images are {budget['ipc']} for each class.",
+            f"Each stored image is cut into {factor} x {factor} cells, and a cell is brought to full size by "
+            "bilinear up-sampling (corners not aligned) when it is asked for: image "
+            f"v * {stored} + i is cell v, counted row by row, of stored image i. Where {factor} does not "
+            "divide a side, its first cells are a pixel longer.",
+        ]
+    )
+
+
 def _pictured(manifest: Mapping[str, Any]) -> str:
+    if manifest["kind"] == "factored":
+        return "images as they are decoded, one row per class"
     if manifest["kind"] != "compensated":
         return "one row per class"
     return "bases, one row per class, and what compensators add to some of them"
@@ -102,6 +125,8 @@ def _pictured(manifest: Mapping[str, Any]) -> str:
 def _what(manifest: Mapping[str, Any]) -> str:
     if manifest["kind"] == "compensated":
         return _what_composites(manifest)
+    if manifest["kind"] == "factored":
+        return _what_grids(manifest)
     ipc = manifest["budget"]["ipc"]
     each = f", {ipc} for each class" if ipc is not None else ""
     origin = "real" if manifest["kind"] == "subset" else "synthetic"

@@ -14,6 +14,7 @@ from ddengine.types import Images
 from synth.compensated import Compensated
 from synth.exported_files import Contents, write_npz, write_torch
 from synth.exported_folders import write_hub, write_image_folder
+from synth.factored import Factored
 from synth.pixels import Pixels
 from synth.store import DistilledSet
 from synth.subset import Subset
@@ -33,7 +34,8 @@ def export(distilled: DistilledSet, to: str, out: Path) -> tuple[str, ...]:
 
     npz and torch write one file, which must not exist, and lose nothing of images and labels; the others
     write a folder, which must be new or empty. Either appears as a whole or not at all. Of a compensated set
-    its composites are written. Raises UsageError for sets of graphs and where `out` cannot be written.
+    its composites are written, of grids their cells in full size. Raises UsageError for sets of graphs and
+    where `out` cannot be written.
     """
     require(to, TARGETS, "target")
     contents, notes = _contents(distilled)
@@ -48,12 +50,14 @@ def export(distilled: DistilledSet, to: str, out: Path) -> tuple[str, ...]:
 
 def _contents(distilled: DistilledSet) -> tuple[Contents, tuple[str, ...]]:
     synth = distilled.synth
-    if not isinstance(synth, Pixels | Subset | Compensated):
+    if not isinstance(synth, Pixels | Factored | Subset | Compensated):
         raise UsageError(f"a set of the kind '{synth.kind}' holds graphs", "Export a set of images")
     notes: tuple[str, ...] = ()
     if isinstance(synth, Compensated):
         teachers = f", without its {len(synth.teachers)} teachers" if synth.teachers else ""
         notes = (f"{synth.count} composites of {len(synth.bases)} bases are written out{teachers}",)
+    if isinstance(synth, Factored):
+        notes = (f"{synth.count} images decoded from {len(synth.images)} stored ones are written out",)
     if isinstance(synth, Subset):
         notes = ("which images of the source they are is not in it",)
     images = synth.decode()

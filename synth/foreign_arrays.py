@@ -1,16 +1,13 @@
 """Distilled sets in one .npz file: arrays read without unpickling, none larger than what the file holds."""
 
-import math
-import zipfile
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 
+from ddengine import archives
 from ddengine.archives import reason_of
 from ddengine.errors import UsageError
 from ddengine.types import DataSpec
@@ -29,7 +26,6 @@ from synth.schema import require_regular
 LIMIT = 2 << 30  # bytes of the arrays once decompressed
 ZCA = ("zca_mean", "zca_matrix", "zca_inverse")
 KEYS = ("x", "y", "y_kind", "classes", "mean", "std", "student_lr", *ZCA)
-HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_npz(paths: Sequence[Path], spec: DataSpec, experiment: int | None) -> Found:
@@ -59,32 +55,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays that this module knows (ArtefactError for anything but plain numbers and texts)."""
     require_regular(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if len(set(names)) < len(names):
-                raise ValueError("a member comes twice")
-            members = {key: archive.getinfo(f"{key}.npy") for key in KEYS if f"{key}.npy" in names}
-            if sum(member.file_size for member in members.values()) > LIMIT:
-                raise ValueError(f"its arrays claim more than {LIMIT} bytes")
-            return {key: _array(archive.read(member)) for key, member in members.items()}
+        return archives.read_npz(path, KEYS, LIMIT)
     except Exception as error:  # damaged zips and headers raise errors of any kind
         raise wrong(path, reason_of(error)) from error
-
-
-def _array(data: bytes) -> np.ndarray:
-    """One .npy member whose header claims exactly the bytes that follow it."""
-    file = BytesIO(data)
-    version = npy.read_magic(file)
-    if version not in HEADERS:
-        raise ValueError(f"an array of the unknown version {version}")
-    shape, fortran, dtype = HEADERS[version](file)
-    if (
-        dtype.kind not in "fiubU"
-        or min(shape, default=0) < 0
-        or math.prod(shape) * dtype.itemsize != len(data) - file.tell()
-    ):
-        raise ValueError(f"an array of {dtype} {list(shape)} in {len(data) - file.tell()} bytes")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
 
 
 def _tensor(path: Path, key: str, array: np.ndarray) -> torch.Tensor:

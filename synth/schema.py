@@ -22,6 +22,7 @@ DTYPES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "float16": 2, "float32"
 TENSORS_MAX, FILES_MAX = 600, 64
 COLUMNS_MAX, CODES_MAX = 256, 2**20  # label columns of nodes or of edges, and codes of a column
 GRAPH_KINDS = ("forest", "graphs")
+FACTORS = 16  # cells to a side of an image that is a grid, at most
 HEADER_MAX = 1 << 20  # bytes of a safetensors header beside the tensors
 REMEDY = "Restore it from a copy or make it again"
 
@@ -92,6 +93,7 @@ GRAPHS: dict[str, Any] = {
     "fingerprint": TEXT,
     "licence": TEXT,
 }
+OWN: dict[str, dict[str, Rule]] = {"factored": {"factor": _integer(1, FACTORS)}}  # fields of one kind
 PARTS_OF_IMAGES = {"images": "images", "labels": "labels", "zca": "preprocessing"}
 PARTS_OF_GRAPHS = {
     **dict.fromkeys(("trees", "items", "graphs"), "trees"),
@@ -212,7 +214,7 @@ def _problem(manifest: dict[str, Any]) -> str | None:
     """The first thing that is wrong with the fields of a manifest, one by one and together."""
     named = manifest.get("kind")
     kind = named if type(named) is str else ""
-    about = {"dataset": FREE, "budget": _budget(kind)}
+    about = {"dataset": FREE, "budget": _budget(kind), **OWN.get(kind, {})}
     return (
         _wrong(manifest, {**SCHEMA, **about})
         or dataset_problem(manifest["dataset"], kind)

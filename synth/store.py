@@ -1,7 +1,6 @@
 """The distilled set on disk: stored tensors and a sealed manifest, verified whenever they are read."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from synth.card import data_card
 from synth.compensated import Compensated
 from synth.composite_sheet import composite_sheet
 from synth.described import dataset_fields, form_tensors, pack_whitening, spec_of, spec_problem
-from synth.forms import FORMS, Form, images_per_class, items_text, stored_count
+from synth.forms import FORMS, Form, images_per_class, items_text, own_fields, stored_count, tensors_problem
 from synth.graph_card import graph_card
+from synth.replacing import replacing, settled
 from synth.schema import DATA, MANIFEST, damaged
 from synth.sheet import contact_sheet
 from synth.teachers import build_teachers
@@ -55,18 +55,17 @@ class DistilledSet:
             )
         tensors = {name: t.contiguous() for name, t in (synth.pack() | pack_whitening(synth.spec)).items()}
         dataset = dataset_fields(synth.spec)
+        fields = {"kind": synth.kind, "dataset": dataset, "y_kind": synth.y_kind, **own_fields(synth)}
         wrong = schema.dataset_problem(dataset, synth.kind)
-        if wrong := wrong or _tensors_problem(tensors, dataset, synth.kind, synth.y_kind):
+        if wrong := wrong or _tensors_problem(tensors, fields):
             raise UsageError(f"this set cannot be stored: {wrong}", "Give finite data and labels in range")
         declared = {name: schema.declare(t) for name, t in sorted(tensors.items())}
         manifest = {
             "format": schema.FORMAT,
             "version": schema.VERSION,
-            "kind": synth.kind,
+            **fields,
             "tensors": declared,
-            "dataset": dataset,
-            "y_kind": synth.y_kind,
-            "count": stored_count(tensors, synth.kind),
+            "count": stored_count(tensors, fields),
             "budget": {**schema.part_bytes(declared, synth.kind), "ipc": images_per_class(synth, provenance)},
             "recipe": _plain("recipe", recipe),
             "provenance": _plain("provenance", provenance),
@@ -80,34 +79,24 @@ class DistilledSet:
         replaced only with `overwrite`, one that holds other files never (UsageError).
         """
         folder = Path(folder).resolve()
-        files.make_folder(folder.parent)
-        new, old = (folder.parent / f"{files.TEMPORARY}{folder.name}.{age}" for age in ("new", "old"))
-        try:
-            _restore(folder, old)
+        size = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        with replacing(folder, size) as new:
             self._require_replaceable(folder, overwrite)
-            for left_over in (new, old):
-                shutil.rmtree(left_over, ignore_errors=True)
             new.mkdir()
             self._write(new)
-            _swap(folder, new, old)
-        except OSError as error:
-            _restore(folder, old)
-            raise UsageError(
-                f"cannot write {folder}: {error.strerror}", "Choose a writable folder with room for the set"
-            ) from error
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
         return folder
 
     @staticmethod
     def load(folder: str | Path, verify: bool = True) -> "DistilledSet":
         """Read a set. Manifest and data are always checked; `verify` also checks the card and the preview.
 
-        Raises ArtefactError naming the file for any damage, UsageError when there is no such folder.
+        A set that is replaced meanwhile is read again: what comes back is the old one or the new one. Raises
+        ArtefactError naming the file for any damage, UsageError when there is no such folder.
         """
-        folder = Path(folder)
-        if not folder.exists():
-            raise UsageError(f"there is no folder {folder}", "Give the folder of a distilled set")
+        return settled(Path(folder), lambda: DistilledSet._read(Path(folder), verify))
+
+    @staticmethod
+    def _read(folder: Path, verify: bool) -> "DistilledSet":
         manifest = schema.read_manifest(folder)
         if manifest["kind"] not in FORMS:
             raise ArtefactError(
@@ -238,17 +227,16 @@ def _read_data(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _stored_problem(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str | None:
-    wrong = _tensors_problem(tensors, manifest["dataset"], manifest["kind"], manifest["y_kind"])
-    counted = wrong is not None or stored_count(tensors, manifest["kind"]) == manifest["count"]
+    wrong = _tensors_problem(tensors, manifest)
+    counted = wrong is not None or stored_count(tensors, manifest) == manifest["count"]
     return wrong or (None if counted else "count is not the number of training items")
 
 
-def _tensors_problem(
-    tensors: Mapping[str, Tensor], dataset: Mapping[str, Any], kind: str, y_kind: str
-) -> str | None:
+def _tensors_problem(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    dataset = fields["dataset"]
     if wrong := spec_problem(tensors, dataset):
         return wrong
-    return FORMS[kind].problem(form_tensors(tensors, dataset), y_kind, spec_of(dataset, tensors))
+    return tensors_problem(form_tensors(tensors, dataset), fields, spec_of(dataset, tensors))
 
 
 def _draw_graphs(decoded: Trees | Graphs, path: Path) -> None:
@@ -265,19 +253,3 @@ def _require_file(path: Path, entry: Mapping[str, Any]) -> None:
         raise ArtefactError(f"cannot read {path}: {error.strerror}", schema.REMEDY) from error
     if not intact:
         raise damaged(path, "its size or SHA-256 is not the manifest's")
-
-
-def _swap(folder: Path, new: Path, old: Path) -> None:
-    """Put `new` in the place of `folder`; `old` holds what was there until it is done."""
-    files.sync_folder(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    files.sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _restore(folder: Path, old: Path) -> None:
-    """Undo a swap that was cut off between its two renames."""
-    if old.exists() and not folder.exists():
-        old.rename(folder)

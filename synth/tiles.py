@@ -13,6 +13,7 @@ from torch import Tensor
 from ddengine.composites import Composites
 from ddengine.types import Images
 from synth.compensated import Compensated
+from synth.factored import Factored
 from synth.forms import Form
 from synth.sheet import TILE_MAX, to_pixels
 
@@ -45,8 +46,9 @@ class TileRow:
 def tile_rows(synth: Form, room: int) -> tuple[TileRow, ...]:
     """A row for each class, with as many images of each as `room` bytes in base64 hold, at most 1,000 in all.
 
-    A class may have none. Of a compensated set these are its composites, each base before its sums. Only
-    what is shown is computed. A set of trees or graphs has no rows.
+    A class may have none. Of a compensated set these are its composites, each base before its sums, and only
+    those that are shown are computed; of grids their cells, image by image. A set of trees or graphs has no
+    rows.
     """
     images = synth.composites() if isinstance(synth, Compensated) else synth.decode()
     if not isinstance(images, Images | Composites):
@@ -68,17 +70,24 @@ def _members(synth: Form, images: Images | Composites) -> list[Int[Tensor, " n"]
     """Images of each class in the order in which they are shown; a composite has the class of its base."""
     k = len(images.spec.classes)
     if not isinstance(synth, Compensated):
-        return [(images.classes == c).nonzero().squeeze(1) for c in range(k)]
+        found = [(images.classes == c).nonzero().squeeze(1) for c in range(k)]
+        return [_by_image(index, synth) for index in found] if isinstance(synth, Factored) else found
     b = len(synth.bases)
     variants = torch.arange(len(images) // b) * b
     return [((synth.classes == c).nonzero() + variants).flatten() for c in range(k)]
+
+
+def _by_image(index: Int[Tensor, " n"], synth: Factored) -> Int[Tensor, " n"]:
+    """Cells of grids in the order of the stored images."""
+    return index[(index % len(synth.images)).argsort(stable=True)]
 
 
 def _tiles(synth: Form, images: Images | Composites, index: Int[Tensor, " n"]) -> Iterator[Tile]:
     x, y = images.model_input(index).detach(), images.y[index].detach()
     pixels = to_pixels(Images(x, torch.zeros(len(x), dtype=torch.int64), images.spec))
     shares = [()] * len(x) if images.y_kind == "class" else _shares(y.float(), images)
-    places = index.tolist() if isinstance(synth, Compensated) else _numbers(images.classes[index])
+    told = isinstance(synth, Compensated | Factored)
+    places = index.tolist() if told else _numbers(images.classes[index])
     for place, picture, share in zip(places, pixels.numpy(), shares, strict=True):
         yield Tile(_name(synth, place), _png(picture), tuple(share))
 
@@ -89,6 +98,9 @@ def _numbers(classes: Int[Tensor, " n"]) -> list[int]:
 
 
 def _name(synth: Form, place: int) -> str:
+    if isinstance(synth, Factored):
+        cell, image = divmod(place, len(synth.images))
+        return f"stored image {image + 1}, cell {cell + 1} of {synth.factor**2}"
     if not isinstance(synth, Compensated):
         return f"image {place}"
     variant, base = divmod(place, len(synth.bases))

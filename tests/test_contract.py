@@ -1,23 +1,25 @@
 """What every registered matcher keeps to, whatever its algorithm."""
 
-import json
-from dataclasses import fields, is_dataclass, replace
+import sys
+from dataclasses import fields, replace
 
+import plugged
 import pytest
 import torch
 import trained_experts
-from global_rng import global_rng_untouched
 from random_graphs import random_graphs
 
 import matchers
-from ddengine import checkpoint
+from ddengine import reruns
 from ddengine.data import load
 from ddengine.errors import UsageError
 from ddengine.graphs import Graphs, as_graph_source
-from ddengine.loop import check_fit, run_identity
+from ddengine.identity import check_fit
 from ddengine.nets import NetSpec
+from ddengine.reruns import same
 from ddengine.rng import Rng
-from ddengine.types import Budget, Matcher, Task
+from ddengine.testing import CLAUSES, check_matcher
+from ddengine.types import Budget, Task
 from matchers.trajectory import TrajectoryMatching
 from synth import DistilledSet
 from synth.compensated import Compensated
@@ -32,6 +34,9 @@ IMAGES = {
     "trajectory-target": ("trajectory", {"labels": "target", "gradient": "tesla"}),
     "trajectory-ast": ("trajectory", {**AST, "inner": {**QUICK["inner"], "momentum": 0.9, "batch": 7}}),
     "attention-buffer": ("attention", {"networks": "buffer"}),
+    "attention-factored": ("attention", {"synth": "factored"}),
+    "characteristic-buffer": ("characteristic", {"networks": "buffer", "frequencies": 7, "alpha": 0.8}),
+    "trajectory-factored": ("trajectory", {"synth": "factored", "labels": "learned"}),
     "attention-compensated": ("attention", {"synth": "compensated"}),
     "trajectory-compensated": (
         "trajectory",
@@ -102,103 +107,22 @@ def made(case):
     return matchers.make(name, NETS[kind], **{**quick, **options})
 
 
-def run(matcher, task, seed=5, state=None):
-    """The states from a start, or from `state`, to the end, the metrics of each step, the finished set."""
-    rng = Rng(seed)
-    states, metrics = [state if state is not None else matcher.init(task, rng)], []
-    work = matcher.prepare(task, rng)
-    while states[-1].step < matcher.steps(task):
-        state, measured = matcher.step(states[-1], work, rng)
-        states.append(state)
-        metrics.append({key: float(value) for key, value in measured.items()})
-    synth = matcher.finish(states[-1], work, rng)
-    work.close()
-    return states, metrics, synth
+def run(matcher, task, seed=5):
+    """The finished set of a run."""
+    return reruns.run(matcher, task, seed).synth
 
 
-def same(a, b):
-    """Whether two states or sets hold the same bits under the same names."""
-    one, two = dict(checkpoint.leaves(a)), dict(checkpoint.leaves(b))
-    return one.keys() == two.keys() and all(
-        torch.equal(v, two[k]) if isinstance(v, torch.Tensor) else v == two[k] for k, v in one.items()
-    )
-
-
-def copied(state):
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in checkpoint.leaves(state)}
-
-
-def unchanged(value, before):
-    """Whether a state or a source still holds what `copied` found in it."""
-    now = dict(checkpoint.leaves(value))
-    return all(
-        torch.equal(v, now[k]) if isinstance(v, torch.Tensor) else v == now[k] for k, v in before.items()
-    )
-
-
-def test_it_is_a_frozen_value_that_follows_the_protocol(matcher, task):
-    assert isinstance(matcher, Matcher) and is_dataclass(matcher) and matcher.__dataclass_params__.frozen
-    check_fit(task, matcher)
-    assert json.loads(json.dumps(run_identity(task, matcher, 0))) == run_identity(task, matcher, 0)
-
-
-def test_the_same_seed_gives_the_same_bits(matcher, task):
-    first, second = run(matcher, task), run(matcher, task)
-    assert all(same(a, b) for a, b in zip(first[0], second[0], strict=True))
-    assert first[1] == second[1] and same(first[2], second[2])
+def test_it_keeps_every_clause_of_the_contract(matcher, task):
+    assert check_matcher(matcher, task) == list(CLAUSES)
 
 
 def test_another_seed_gives_another_set(case, matcher, task):
-    sets = [run(matcher, task, seed)[2] for seed in range(3)]
+    sets = [run(matcher, task, seed) for seed in range(3)]
     alike = [same(sets[0], other) for other in sets[1:]]
     if getattr(matcher, "selection", CASES[case][1]) in DETERMINISTIC:
         assert all(alike)
     else:
         assert not all(alike)
-
-
-def test_resumed_from_any_saved_state_equals_straight(matcher, task, tmp_path):
-    states, metrics, synth = run(matcher, task)
-    for done, state in enumerate(states):
-        checkpoint.save(tmp_path, state.step, state, {"done": done})
-        template = matcher.init(task, Rng(5))
-        loaded, extra = checkpoint.load(tmp_path, state.step, template)
-        assert extra == {"done": done} and same(loaded, state)
-        later, rest, again = run(matcher, task, state=loaded)
-        assert all(same(a, b) for a, b in zip(later, states[done:], strict=True))
-        assert rest == metrics[done:] and same(again, synth)
-
-
-def test_a_step_leaves_its_input_untouched(matcher, task):
-    rng = Rng(5)
-    state, work = matcher.init(task, rng), matcher.prepare(task, rng)
-    source = copied(task.source)
-    for _ in range(2):
-        before, after = copied(state), state
-        for _ in range(max(2, matcher.steps(task) - state.step)):
-            after, _ = matcher.step(after, work, rng)
-        matcher.finish(after, work, rng)
-        assert unchanged(state, before)
-        state, _ = matcher.step(state, work, rng)
-    work.close()
-    assert unchanged(task.source, source)
-
-
-def test_a_state_can_be_stepped_in_any_workspace(matcher, task):
-    rng = Rng(5)
-    used = matcher.prepare(task, rng)
-    state = matcher.init(task, rng)
-    for _ in range(2):
-        matcher.step(state, used, rng)
-    fresh = matcher.prepare(task, rng)
-    assert same(matcher.step(state, used, rng)[0], matcher.step(state, fresh, rng)[0])
-    used.close()
-    fresh.close()
-
-
-def test_no_global_generator_is_touched(matcher, task):
-    with global_rng_untouched():
-        run(matcher, task)
 
 
 def within_the_nominal_bytes(matcher, synth, nominal):
@@ -211,18 +135,19 @@ def within_the_nominal_bytes(matcher, synth, nominal):
 
 
 def test_budget_and_classes_are_respected(matcher, task):
-    _, _, synth = run(matcher, task)
+    synth = run(matcher, task)
     decoded = synth.decode()
     assert decoded.spec == task.source.spec
     counts = torch.bincount(decoded.classes, minlength=len(decoded.spec.classes)).tolist()
+    each = IPC * getattr(synth, "factor", 1) ** 2
     if isinstance(synth, Compensated):
         within_the_nominal_bytes(matcher, synth, IPC * len(task.source.spec.classes) * 64)
     elif getattr(decoded, "y_kind", "class") == "class":
-        assert sum(counts) == len(decoded) and all(1 <= n <= IPC for n in counts)
+        assert sum(counts) == len(decoded) and all(1 <= n <= each for n in counts)
         if task.kind == "images" or isinstance(decoded, Graphs):
-            assert len(decoded) == IPC * len(decoded.spec.classes)
+            assert len(decoded) == each * len(decoded.spec.classes)
     else:
-        assert len(decoded) == IPC * len(decoded.spec.classes) or task.kind == "graphs"
+        assert len(decoded) == each * len(decoded.spec.classes) or task.kind == "graphs"
     picked = synth.decode(torch.tensor([len(decoded) - 1, 0]))
     assert torch.equal(picked.y, decoded.y[[-1, 0]])
     if task.kind == "images":
@@ -232,7 +157,7 @@ def test_budget_and_classes_are_respected(matcher, task):
 
 
 def test_the_bytes_of_the_parts_are_those_of_the_packed_tensors(matcher, task):
-    _, _, synth = run(matcher, task)
+    synth = run(matcher, task)
     parts = {key: n for key, n in synth.nbytes.items() if key != "total"}
     assert parts.keys() >= {"images", "labels", "extras"} and (parts["images"] > 0) == (task.kind == "images")
     assert synth.nbytes["total"] == sum(parts.values()) == sum(t.nbytes for t in synth.pack().values())
@@ -244,11 +169,11 @@ def test_a_budget_in_bytes_holds_the_stored_set(matcher, task):
     nbytes = 1600 if task.kind == "images" else 230
     some = replace(task, budget=Budget(nbytes=nbytes))
     trajectory = isinstance(matcher, TrajectoryMatching) and matcher.options.labels != "hard"
-    if trajectory and matcher.options.synth.name == "pixels":
+    if trajectory and matcher.options.synth.name != "compensated":
         with pytest.raises(UsageError, match=r"budget.nbytes=1600 .* hard labels\nGive ipc=N"):
             run(matcher, some)
         return
-    _, _, synth = run(matcher, some)
+    synth = run(matcher, some)
     if isinstance(synth, Compensated):
         within_the_nominal_bytes(matcher, synth, nbytes)
         return
@@ -269,7 +194,7 @@ def test_a_task_without_a_budget_needs_a_matcher_that_knows_the_size(case, match
     free = replace(task, budget=None)
     if case == "graphs-computation_tree-mirage":
         check_fit(free, matcher)
-        assert len(run(matcher, free)[2].decode()) >= 3
+        assert len(run(matcher, free).decode()) >= 3
         return
     with pytest.raises(UsageError, match="a budget needs either ipc or nbytes\nGive for example ipc=10"):
         check_fit(free, matcher)
@@ -282,7 +207,7 @@ def test_supports_make_a_budget_needless(graphs_task):
     for options in ({"support": (3,)}, {"support": (0.2,), "itemsets": "all"}):
         mining = matchers.make("computation_tree", NETS["graphs"], **options)
         check_fit(free, mining)
-        assert len(run(mining, free)[2].decode()) >= 3
+        assert len(run(mining, free).decode()) >= 3
 
 
 def test_a_matcher_of_images_or_graphs_refuses_the_other(images_task, graphs_task):
@@ -329,10 +254,10 @@ def test_an_unknown_matcher_is_refused_with_the_nearest():
 
 
 def test_an_installed_matcher_is_found_by_its_entry_point(tmp_path, monkeypatch):
-    meta = tmp_path / "plugin-1.0.dist-info"
-    meta.mkdir()
-    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
-    (meta / "entry_points.txt").write_text("[ddengine.matchers]\nmine = matchers.subset:SubsetSelection\n")
+    module = "from matchers.subset import SubsetSelection\nMINE = SubsetSelection('herding')\n"
+    plugged.install(tmp_path, "mine", {"matchers": {"mine": "mine:MINE"}}, module)
     monkeypatch.syspath_prepend(tmp_path)
     assert matchers.names() == [*matchers.MATCHERS, "mine"]
-    assert matchers.find("mine").__name__ == "SubsetSelection"
+    assert matchers.find("mine") == matchers.MATCHERS["herding"]
+    assert check_matcher("mine") == list(CLAUSES)
+    sys.modules.pop("mine")

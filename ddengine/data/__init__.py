@@ -7,10 +7,10 @@ modules on first use.
 
 import os
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddengine import plugins
 from ddengine.errors import unknown
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = [
     "DESCRIPTIONS",
     "GRAPHS",
     "GRAPH_COLLECTIONS",
-    "GROUP",
     "Dataset",
     "GraphDataset",
     "Part",
@@ -37,7 +36,6 @@ __all__ = [
     "split_graphs",
 ]
 
-GROUP = "ddengine.datasets"
 DESCRIPTIONS = {
     "digits": "1,797 handwritten digits, 8x8 grey, 10 classes; comes with scikit-learn, needs no download",
     "mnist": "70,000 handwritten digits, 28x28 grey, 10 classes",
@@ -75,18 +73,17 @@ def __getattr__(name: str) -> Any:
 
 def names() -> list[str]:
     """Names of all datasets: the built-in ones in their own order, then those of installed plug-ins."""
-    plugins = sorted(point.name for point in entry_points(group=GROUP) if point.name not in DESCRIPTIONS)
-    return [*DESCRIPTIONS, *plugins]
+    return [*DESCRIPTIONS, *sorted({plugin.name for plugin in plugins.of("datasets")} - set(DESCRIPTIONS))]
 
 
 def describe(name: str) -> str:
-    """One line about the dataset `name`; for a plug-in, where its loader lives (UsageError if unknown)."""
+    """One line about the dataset `name`; for a plug-in, whose it is (UsageError if unknown)."""
     if name in DESCRIPTIONS:
         return DESCRIPTIONS[name]
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            return f"plug-in: {point.value}"
-    raise unknown("dataset", name, names())
+    plugin = plugins.find("datasets", name)
+    if plugin is None:
+        raise unknown("dataset", name, names())
+    return f"plug-in of {plugin.origin}: {plugin.description}"
 
 
 def dataset_root() -> Path:

@@ -36,7 +36,7 @@ def resize(x: UInt8[Tensor, "n c h w"], size: int | None) -> UInt8[Tensor, "n c 
     return torch.from_numpy(out).reshape(n, c, size, size)
 
 
-def read_image(path: Path, size: int | None) -> np.ndarray:
+def read_image(path: Path | str, size: int | None) -> np.ndarray:
     """One file as uint8 [c h w], c = 1 for grey modes, else 3: the first frame, upright by its EXIF tag.
 
     Transparency is dropped and 16-bit grey is scaled to 8 bits. Raises whatever Pillow raises, also for
@@ -54,7 +54,8 @@ def read_image(path: Path, size: int | None) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _attempt(path: Path, size: int | None) -> np.ndarray | str:
+def attempt(path: Path | str, size: int | None) -> np.ndarray | str:
+    """What `read_image` gives, or in one line why it gives nothing."""
     try:
         return read_image(path, size)
     except Exception as error:
@@ -67,7 +68,7 @@ def _attempt(path: Path, size: int | None) -> np.ndarray | str:
 
 
 def decode(
-    paths: Sequence[Path], size: int | None, on_error: str
+    paths: Sequence[Path | str], size: int | None, on_error: str
 ) -> tuple[UInt8[Tensor, "n c h w"], list[int], tuple[str, ...]]:
     """Read files in threads: pixels, the indices of the files that they come from, notes on skipped files.
 
@@ -76,38 +77,51 @@ def decode(
     """
     images: list[np.ndarray] = []
     kept: list[int] = []
-    failed: list[Path] = []
+    failed: list[Path | str] = []
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for index, result in enumerate(pool.map(partial(_attempt, size=size), paths)):
+        for index, result in enumerate(pool.map(partial(attempt, size=size), paths)):
             if isinstance(result, np.ndarray):
-                _check_size(result, paths[index], images, paths[kept[0]] if kept else paths[index])
+                if images:
+                    check_size(result, paths[index], images[0], paths[kept[0]])
                 images.append(result)
                 kept.append(index)
             elif on_error == "skip":
                 failed.append(paths[index])
             else:
-                raise UsageError(
-                    f"cannot read the image {paths[index]}: {result}",
-                    "Replace or remove that file, or set dataset.on_error=skip to leave such files out",
-                )
+                raise unreadable(paths[index], result)
     finally:
         pool.shutdown(cancel_futures=True)
     if not images:
-        raise UsageError(f"none of the {len(paths)} image files can be read", "Check that they are images")
-    return _stack(images), kept, _notes(failed)
+        raise none_readable(len(paths))
+    return stacked(images), kept, skipped_notes(failed)
 
 
-def _check_size(image: np.ndarray, path: Path, before: list[np.ndarray], first: Path) -> None:
-    if before and image.shape[1:] != before[0].shape[1:]:
-        (h, w), (height, width) = image.shape[1:], before[0].shape[1:]
+def unreadable(path: Path | str, reason: str) -> UsageError:
+    """The error for a file that is no image."""
+    return UsageError(
+        f"cannot read the image {path}: {reason}",
+        "Replace or remove that file, or set dataset.on_error=skip to leave such files out",
+    )
+
+
+def none_readable(count: int) -> UsageError:
+    """The error for `count` files of which none is an image."""
+    return UsageError(f"none of the {count} image files can be read", "Check that they are images")
+
+
+def check_size(image: np.ndarray, path: Path | str, before: np.ndarray, first: Path | str) -> None:
+    """Refuse an image of another height and width than the one `before` it, which is at `first`."""
+    if image.shape[1:] != before.shape[1:]:
+        (h, w), (height, width) = image.shape[1:], before.shape[1:]
         raise UsageError(
             f"images of several sizes: {path} is {w}x{h} and {first} is {width}x{height} pixels",
             "Set dataset.size=N to scale them all to N x N pixels",
         )
 
 
-def _stack(images: list[np.ndarray]) -> Tensor:
+def stacked(images: Sequence[np.ndarray]) -> UInt8[Tensor, "n c h w"]:
+    """Images of one size as one tensor; grey ones among RGB become RGB."""
     channels = max(image.shape[0] for image in images)
     out = np.empty((len(images), channels, *images[0].shape[1:]), dtype=np.uint8)
     for target, image in zip(out, images, strict=True):
@@ -115,7 +129,8 @@ def _stack(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _notes(failed: list[Path]) -> tuple[str, ...]:
+def skipped_notes(failed: Sequence[Path | str]) -> tuple[str, ...]:
+    """A line on the files that were left out; nothing where there are none."""
     if not failed:
         return ()
     more = ", ..." if len(failed) > NAMED else ""

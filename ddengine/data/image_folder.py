@@ -1,20 +1,30 @@
-"""A user's own folder of images, and Tiny-ImageNet, whose archive is nearly one."""
+"""A user's own folder of images, and Tiny-ImageNet, whose archive is nearly one; in memory or on disk."""
 
+import os
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from ddengine.data.decode import decode
+from ddengine.data.decode import decode, skipped_notes
+from ddengine.data.disk import DiskPixels, Reader
+from ddengine.data.index import Index, Listing, find_index
+from ddengine.data.levels import statistics_of
 from ddengine.data.source import Part, Request, Source
 from ddengine.errors import UsageError
+from ddengine.ops.memory import available_memory
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PARTS = ("train", "val", "test")
 LAYOUT = "Make one folder of images for each class, or train/ and test/ (and val/) of such folders"
 TINY = "tiny-imagenet-200"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Files = list[tuple[Path, int]]
+SHARE = 4  # of the free memory that a set may take: reading and ordering it takes up to three times its size
+Files = list[tuple[str, int]]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def load_image_folder(request: Request) -> Source:
@@ -33,7 +43,7 @@ def load_image_folder(request: Request) -> Source:
         files |= {part: _part_files(root / part, classes) for part in PARTS[1:] if (root / part).is_dir()}
     other = [folder.name for folder in _folders(root) if official and folder.name not in PARTS]
     notes = (f"folders beside train/, val/ and test/ are not used: {', '.join(other)}",) if other else ()
-    return _source(request, classes, files, notes)
+    return _source(request, root, classes, files, notes)
 
 
 def load_tiny_imagenet(request: Request) -> Source:
@@ -52,18 +62,50 @@ def load_tiny_imagenet(request: Request) -> Source:
     rows = [line.split("\t") for line in listing.read_text("utf-8").splitlines() if line]
     if any(len(row) < 2 or row[1] not in number for row in rows):
         raise UsageError(f"{listing} names a class that train/ does not have", "Unpack the archive again")
-    test = [(root / "val" / "images" / row[0], number[row[1]]) for row in rows]
-    return _source(request, classes, {"train": train, "test": test}, (), (IMAGENET_MEAN, IMAGENET_STD))
+    test = [(str(root / "val" / "images" / row[0]), number[row[1]]) for row in rows]
+    colours = IMAGENET_MEAN, IMAGENET_STD
+    return _source(request, root, classes, {"train": train, "test": test}, (), colours)
 
 
 def _source(
     request: Request,
+    root: Path,
     classes: tuple[str, ...],
     files: Mapping[str, Files],
     notes: tuple[str, ...],
-    statistics: tuple[tuple[float, ...] | None, tuple[float, ...] | None] = (None, None),
+    colours: Statistics | None = None,
 ) -> Source:
-    """Decode all parts together, so that they agree in channels and size."""
+    """The listed images in memory, or on disk where they are to stay there or are too many.
+
+    `colours` are the mean and std that the set is known for where its images are in colour.
+    """
+    fractions = (0.1, 0.1 if "test" in files else 1 / 9)  # 1/9 of the 90 % that the test part leaves
+    if request.memory == "disk" or (request.memory == "auto" and _too_large(files, request.size)):
+        listing = Listing(str(root), classes, files, fractions)
+        source = _on_disk(listing, find_index(listing, request.size, request.on_error), request.size, colours)
+    else:
+        source = _in_memory(request, classes, files, fractions, colours)
+    return replace(source, notes=(*notes, *source.notes))
+
+
+def _too_large(files: Mapping[str, Files], size: int | None) -> bool:
+    """Whether the decoded images would take more than a share of the free memory, by the first one's size."""
+    count, (first, _) = sum(map(len, files.values())), files["train"][0]
+    pixels = (size or 0) ** 2
+    if size is None:
+        with suppress(Exception), Image.open(first) as image:  # a damaged file is found when all are read
+            pixels = image.size[0] * image.size[1]
+    return 3 * pixels * count * SHARE > available_memory()
+
+
+def _in_memory(
+    request: Request,
+    classes: tuple[str, ...],
+    files: Mapping[str, Files],
+    fractions: tuple[float, float],
+    colours: Statistics | None,
+) -> Source:
+    """All parts decoded together, so that they agree in channels and size."""
     flat = [(path, label, part) for part, entries in files.items() for path, label in entries]
     x, kept, skipped = decode([path for path, _, _ in flat], request.size, request.on_error)
     parts = {}
@@ -71,17 +113,44 @@ def _source(
         rows = torch.tensor([row for row, i in enumerate(kept) if flat[i][2] == part], dtype=torch.long)
         labels = torch.tensor([flat[kept[row]][1] for row in rows.tolist()], dtype=torch.long)
         parts[part] = Part(x[rows], labels)
-    mean, std = statistics if x.shape[1] == 3 else (None, None)
+    mean, std = colours if colours is not None and x.shape[1] == 3 else (None, None)
     return Source(
         classes,
         parts["train"],
         parts.get("val"),
         parts.get("test"),
-        validation_fraction=0.1 if "test" in parts else 1 / 9,  # 1/9 of the 90 % that the test part leaves
+        test_fraction=fractions[0],
+        validation_fraction=fractions[1],
         mean=mean,
         std=std,
         skipped=len(flat) - len(kept),
-        notes=(*notes, *skipped),
+        notes=skipped,
+    )
+
+
+def _on_disk(listing: Listing, index: Index, size: int | None, colours: Statistics | None) -> Source:
+    """The parts that an index tells, whose images stay in their files."""
+    flat = listing.flat
+    labels = torch.tensor([label for _, label, _ in flat])
+    reader = Reader([path for path, _, _ in flat], index.shape, size)
+    fit, validation, test = (
+        Part(DiskPixels(reader, rows.numpy()), labels[rows]) for rows in index.parts.values()
+    )
+    mean, std, constant = statistics_of(index.levels)
+    if colours is not None and index.shape[0] == 3:
+        (mean, std), constant = colours, ()
+    skipped = skipped_notes([flat[place][0] for place in index.skipped.tolist()])
+    count = sum(map(len, index.parts.values()))
+    return Source(
+        listing.classes,
+        fit,
+        validation,
+        test,
+        mean=mean,
+        std=std,
+        skipped=len(index.skipped),
+        notes=(*skipped, *constant, f"{count} images stay on disk and are read when they are needed"),
+        fingerprint=index.fingerprint,
     )
 
 
@@ -106,15 +175,16 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[str]:
     try:
-        return sorted(
-            entry
-            for entry in folder.iterdir()
-            if entry.suffix.lower() in EXTENSIONS
-            and not entry.name.startswith(".")
-            and (entry.is_file() or entry.is_symlink())
-        )
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.path
+                for entry in entries
+                if entry.name.lower().endswith(EXTENSIONS)
+                and not entry.name.startswith(".")
+                and (entry.is_symlink() or entry.is_file())
+            )
     except OSError as error:
         raise UsageError(f"cannot read the class folder {folder}: {error.strerror}", LAYOUT) from error
 

@@ -1,17 +1,18 @@
 """A user's own arrays in one .npz file."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ddengine.archives import read_npz
 from ddengine.data.decode import resize
 from ddengine.data.source import Part, Request, Source
 from ddengine.errors import UsageError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 CHANNELS = (1, 3)
+COMPRESSED = 8 << 30  # bytes of arrays once decompressed; an array that is stored as it is may have any size
 SHAPES = "Store images as [n, h, w, c], [n, c, h, w] (c is 1 or 3) or [n, h, w]"
 
 
@@ -45,19 +46,19 @@ def load_npz(request: Request) -> Source:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file that this module knows, without unpickling (UsageError if unreadable)."""
+    """The arrays of an .npz file that this module knows, without unpickling (UsageError if unreadable).
+
+    Compressed ones are read up to 8 GiB.
+    """
     try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it holds one array, not named ones")
-        with file:
-            return {key: file[key] for key in (*KEYS, "class_names") if key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, SyntaxError, MemoryError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, (*KEYS, "class_names"), COMPRESSED)
+    except Exception as error:  # damaged zips and headers raise errors of any kind
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"cannot read {path} as npz: {reason}",
             "Give dataset.root=FILE, written by numpy.savez with plain numeric arrays",
         ) from error
+    return arrays
 
 
 def _classes(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:

@@ -3,27 +3,26 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import entry_points
-from math import sqrt
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
-from ddengine.data import GRAPH_COLLECTIONS, GROUP, names
+from ddengine import plugins
+from ddengine.data import GRAPH_COLLECTIONS, names
 from ddengine.data.digits import load_digits
 from ddengine.data.image_folder import load_image_folder, load_tiny_imagenet
+from ddengine.data.levels import channel_statistics
 from ddengine.data.npz import load_npz
 from ddengine.data.published import load_published
 from ddengine.data.source import Dataset, Part, Request, Source
 from ddengine.data.split import TEST, VALIDATION, by_class_and_content, split
-from ddengine.errors import UsageError, require, require_positive, unknown
+from ddengine.errors import DDError, UsageError, require, require_positive, unknown
 from ddengine.types import DataSpec, Images, fingerprint
 
 Loader = Callable[[Request], Source]
-FLOOR = 1 / 255  # a constant channel is scaled as if it varied by one grey level
-CHUNK = 1 << 22  # pixels counted at a time
+MEMORY = ("auto", "ram", "disk")
 
 DATASETS: dict[str, Loader] = {
     "digits": load_digits,
@@ -40,7 +39,7 @@ DATASETS: dict[str, Loader] = {
 
 
 def find(name: str) -> Loader:
-    """The loader called `name`: a built-in one, else one of the entry-point group (UsageError if none)."""
+    """The loader called `name`: a built-in one, else a plug-in's (UsageError if none)."""
     if name in DATASETS:
         return DATASETS[name]
     if name in GRAPH_COLLECTIONS:
@@ -48,16 +47,27 @@ def find(name: str) -> Loader:
             f"'{name}' is a collection of graph sets, not a set of images",
             f"Load one of its sets: ddengine.data.load_graphs('{name}', NAME)",
         )
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            try:
-                return point.load()
-            except (ImportError, AttributeError) as error:
-                raise UsageError(
-                    f"the plug-in of dataset '{name}' ({point.value}) cannot be imported: {error}",
-                    "Repair or reinstall the package that provides it",
-                ) from error
-    raise unknown("dataset", name, names())
+    plugin = plugins.find("datasets", name)
+    if plugin is None:
+        raise unknown("dataset", name, names())
+    return partial(_asked, plugin, plugin.load(_problem))
+
+
+def _problem(found: Any) -> str | None:
+    return None if callable(found) else f"is a {type(found).__name__}, not a function of a Request"
+
+
+def _asked(plugin: plugins.Plugin, loader: Loader, request: Request) -> Source:
+    """What a plug-in's loader gives; UsageError naming the plug-in where it fails or gives something else."""
+    try:
+        source = loader(request)
+    except DDError:
+        raise
+    except Exception as error:
+        raise plugin.refused(f"fails: {plugins.said(error)}") from error
+    if not isinstance(source, Source):
+        raise plugin.refused(f"gives a {type(source).__name__}, not a ddengine.data.Source")
+    return source
 
 
 def load(
@@ -68,40 +78,56 @@ def load(
     preprocessing: str = "standard",
     on_error: str = "raise",
     download: bool = True,
+    memory: str = "auto",
 ) -> Dataset:
     """Load a dataset by name.
 
     `root` is a folder (for npz a file), by default `dataset_root()`. `size` scales the short side to that
     many pixels and crops the centre. `preprocessing` is "standard" (mean and std) or "zca"; `on_error`
     says whether an unreadable image file stops the load ("raise") or is left out and counted ("skip").
-    `download` lets torchvision fetch what is missing. Raises UsageError for whatever cannot be used.
+    `download` lets torchvision fetch what is missing. `memory` is where the images of a folder lie: "ram",
+    "disk" (decoded when they are needed, the same parts and bits), or "auto", which is on disk where they
+    would take more than a quarter of the free memory. Raises UsageError for whatever cannot be used.
     """
     loader = find(name)
     require(preprocessing, ("standard", "zca"), "dataset.preprocessing")
     require(on_error, ("raise", "skip"), "dataset.on_error")
+    require(memory, MEMORY, "dataset.memory")
     if size is not None:
         require_positive("dataset.size", size)
     path = None if root is None else Path(root).expanduser()
-    return assemble(name, loader(Request(name, path, size, on_error, download)), preprocessing)
+    source = loader(Request(name, path, size, on_error, download, memory))
+    if memory == "disk" and not source.fingerprint:
+        raise UsageError(
+            f"dataset={name} cannot stay on disk: it is no folder of image files",
+            "Leave dataset.memory out, or give dataset=image_folder",
+        )
+    return assemble(name, source, preprocessing)
 
 
 def assemble(name: str, source: Source, preprocessing: str = "standard") -> Dataset:
     """Split a source, put each part in canonical order, and give them one spec. Raises UsageError."""
     _check_classes(name, source)
-    fit, validation, test = (_ordered(part) for part in divide(source))
+    ready = bool(source.fingerprint)
+    fit, validation, test = divide(source) if ready else map(_ordered, divide(source))
     _check_parts(name, source, validation, test)
-    mean, std, notes = channel_statistics(fit.x)
-    if source.mean is not None and source.std is not None:
+    if ready and preprocessing == "zca":
+        raise UsageError(
+            f"dataset.preprocessing=zca needs all {len(fit)} images in memory, and these stay on disk",
+            "Give preprocessing=standard, or dataset.memory=ram and a size at which they fit",
+        )
+    if source.mean is None or source.std is None:
+        mean, std, notes = channel_statistics(fit.x)
+    else:
         mean, std, notes = source.mean, source.std, ()
     parts = (fit, validation, test)
-    digests = [fingerprint(part.x, part.y, source.classes) for part in parts]
     spec = DataSpec(
         name=name,
         shape=(fit.x.shape[1], fit.x.shape[2], fit.x.shape[3]),
         classes=source.classes,
         mean=mean,
         std=std,
-        fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        fingerprint=source.fingerprint or _together(parts, source.classes),
         licence=source.licence,
     )
     if preprocessing == "zca":
@@ -122,26 +148,10 @@ def divide(source: Source) -> tuple[Part, Part, Part]:
     return fit, validation, test
 
 
-def channel_statistics(
-    x: UInt8[Tensor, "n c h w"],
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-    """Mean and population std of each channel of pixels in [0, 1], and a note for each constant channel.
-
-    Computed from integer sums, so the order of images does not matter to the last bit.
-    """
-    level = torch.arange(256)
-    means, stds, notes = [], [], []
-    for channel in range(x.shape[1]):
-        counts = torch.zeros(256, dtype=torch.int64)
-        for piece in x[:, channel].split(max(1, CHUNK // x[0, 0].numel())):
-            counts += torch.bincount(piece.flatten().int(), minlength=256)
-        n, s1, s2 = (int((counts * level**power).sum()) for power in (0, 1, 2))
-        std = sqrt(n * s2 - s1 * s1) / n / 255
-        if std == 0:
-            notes.append(f"channel {channel} is constant over the fit part: its std is set to 1/255")
-        means.append(s1 / n / 255)
-        stds.append(std or FLOOR)
-    return tuple(means), tuple(stds), tuple(notes)
+def _together(parts: tuple[Part, ...], classes: tuple[str, ...]) -> str:
+    """The hash of the fingerprints of all parts."""
+    digests = [fingerprint(part.x, part.y, classes) for part in parts]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _ordered(part: Part) -> Part:

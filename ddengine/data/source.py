@@ -13,13 +13,17 @@ from ddengine.types import DataSpec, Images
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; `root` is None when it was left out."""
+    """What the user asked for; `root` is None when it was left out.
+
+    `memory` says whether images are to stay on disk: "disk", "ram", or "auto" for where they are too many.
+    """
 
     name: str
     root: Path | None = None
     size: int | None = None
     on_error: str = "raise"
     download: bool = True
+    memory: str = "auto"
 
     def default_root(self) -> Path:
         """The given root, else the default one."""
@@ -53,7 +57,8 @@ class Source:
 
     A part that is None is split off `train` by content hash: first `test_fraction` of each class for the
     test part, then `validation_fraction` of what is left for validation. `mean` and `std` are None where
-    they are to be computed from the fit part.
+    they are to be computed from the fit part. Parts with a `fingerprint` are divided, sorted and hashed
+    already, since that takes a look at every image.
     """
 
     classes: tuple[str, ...]
@@ -67,6 +72,7 @@ class Source:
     licence: str = ""
     skipped: int = 0
     notes: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ddengine.archives import reason_of
+
 LIMIT = 256 << 20  # the largest official file (CIFAR-100 train) has 156 MB
 
 
@@ -90,5 +92,4 @@ def read_plain_pickle(path: Path) -> dict[str, Any]:
         items = content.items()
         return {str(key): _array(value) if isinstance(value, _Array) else value for key, value in items}
     except Exception as error:  # damaged pickles raise errors of any kind
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"not a plain batch file: {reason}") from error
+        raise ValueError(f"not a plain batch file: {reason_of(error)}") from error

@@ -1,23 +1,23 @@
 """The networks: a registry, and builders that draw every weight from a generator of the caller's.
 
 A network class gives its options with `defaults(shape)`, is built as `Class(shape, classes, **options)`, and
-its networks have `features(x, tap)` and logits when called (see `core.Network`). Other packages add theirs
-through the entry-point group `ddengine.networks`. torchvision's classifiers go by their names there, and a
-network of the user's own by its import path, `my_package.my_module:MyNet` (see `torchvision_nets` and
-`imported`); both give logits only, unless the user's has `features`.
+its networks have `features(x, tap)` and logits when called (see `core.Network`). torchvision's classifiers go
+by their names there, and a network of the user's own by its import path, `my_package.my_module:MyNet` (see
+`torchvision_nets` and `imported`); both give logits only, unless the user's has `features`. What goes by its
+import path goes by a name where a distribution gives it one in the entry-point group `ddengine.networks`.
 """
 
 import difflib
 import re
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ddengine import plugins
 from ddengine.errors import UsageError, require_positive
 from ddengine.nets.classic import VGG11, AlexNet, LeNet
 from ddengine.nets.convnet import ConvNet, default_depth
@@ -32,7 +32,7 @@ from ddengine.nets.core import (
     initialise,
     is_import_path,
 )
-from ddengine.nets.imported import find_imported, import_network
+from ddengine.nets.imported import as_network, find_imported, import_network, problem
 from ddengine.nets.mlp import MLP
 from ddengine.nets.mobile import EfficientNetB0, MobileNetV2, ShuffleNetV2
 from ddengine.nets.resnet import ResNet18
@@ -44,7 +44,6 @@ __all__ = [
     "import_network", "is_import_path", "reinitialise", "resolve",
 ]  # fmt: skip
 
-GROUP = "ddengine.networks"
 OPTIONS = ("width", "depth", "norm")
 SMALLEST = 8  # pixels of the shorter side that every network of ours can take
 GRID = ("convnet", "alexnet", "vgg11", "resnet18", "vit")  # across architectures, each of another family
@@ -75,35 +74,27 @@ NETWORKS: dict[str, NetworkClass] = {
 
 
 def find_network(name: str) -> NetworkClass:
-    """The network class called `name`: ours, an installed package's, torchvision's, or one imported before.
+    """The network class called `name`: ours, a plug-in's, torchvision's, or one imported before.
 
-    Raises UsageError, which lists the known ones, and for an import path that `import_network` was not given.
+    Raises UsageError, which lists the known ones, for a plug-in that does not load, and for an import path
+    that `import_network` was not given.
     """
     if name in NETWORKS:
         return NETWORKS[name]
     if is_import_path(name):
         return find_imported(name)
-    plugins = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name in plugins:
-        return _plugged(name, plugins[name].load(), plugins[name].value)
     if name in import_module("ddengine.nets.graph").GRAPH_NETWORKS:  # it imports us
         raise UsageError(
             f"network {name} works on graphs; images take: {', '.join(NETWORKS)}",
             "Give one of them, such as network=convnet",
         )
+    plugin = plugins.find("networks", name)
+    if plugin is not None:
+        return as_network(name, plugin.load(problem))
     torchvision = import_module("ddengine.nets.torchvision_nets")  # seconds of import
     if name in torchvision.names():
         return torchvision.torchvision_network(name)
-    raise _unknown(name, [*NETWORKS, *plugins], torchvision.names())
-
-
-def _plugged(name: str, found: Any, value: str) -> NetworkClass:
-    if not isinstance(found, NetworkClass):
-        raise UsageError(
-            f"network '{name}' of {value} has no defaults(shape)",
-            "Give the class a static method that returns its options, {} for none",
-        )
-    return found
+    raise _unknown(name, [*NETWORKS, *(other.name for other in plugins.of("networks"))], torchvision.names())
 
 
 def _unknown(name: str, listed: list[str], others: list[str]) -> UsageError:

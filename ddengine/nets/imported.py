@@ -59,14 +59,24 @@ def import_network(name: str, folder: str | Path | None = None) -> Foreign:
         raise UsageError(f"'{name}' is not an import path", "Write MODULE:NAME, such as my_nets:MyNet")
     with lent(torch.Generator()), _numbers_too():
         found = _attribute(name, _module(name, path, place), attribute)
-    if isinstance(found, nn.Module) or not callable(found):
-        raise UsageError(
-            f"network '{name}' is a {type(found).__name__}, neither a class nor a function",
-            "Name what makes a fresh network",
-        )
-    made = Foreign(name, partial(_make, name, found), partial(_defaults, name, found), _refusal, True, False)
+    wrong = problem(found)
+    if wrong:
+        raise UsageError(f"network '{name}' {wrong}", "Name what makes a fresh network")
+    made = as_network(name, found)
     _given[name] = made, place
     return made
+
+
+def problem(found: Any) -> str | None:
+    """What keeps a value from making networks; None for a class or a factory."""
+    if isinstance(found, nn.Module) or not callable(found):
+        return f"is a {type(found).__name__}, neither a class nor a function"
+    return None
+
+
+def as_network(name: str, found: Callable[..., Any]) -> Foreign:
+    """The network class called `name` of a foreign class or factory (see the head of this file)."""
+    return Foreign(name, partial(_make, name, found), partial(_defaults, name, found), _refusal, True, False)
 
 
 def find_imported(name: str) -> Foreign:

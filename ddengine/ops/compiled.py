@@ -1,4 +1,5 @@
-"""The derivatives of a student's loss as compiled kernels: nested `torch.func.grad` inside `torch.compile`.
+"""The derivatives of a student's loss as compiled kernels: nested `torch.func.grad` inside `torch.compile`;
+and statistics of images whose maps are fused away.
 
 `torch.compile` of a loss cannot be differentiated twice; a compiled function that takes the gradient inside
 can be, and one that takes both leaves nothing to be done outside. Shapes are static: one compilation for each
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ddengine.ops.unroll import Derivatives, Eager, Loss
@@ -77,11 +79,60 @@ def derivatives(
             pairs = zip(ours, theirs, strict=True)
             gaps = [_gap(a, b) for a, b in pairs if a is not None and b is not None]
     except Exception as error:  # whatever a compiler raises
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        return eager, f"not compiled, which is slower: {reason}"
+        return eager, f"not compiled, which is slower: {_reason(error)}"
     if wrong := [gap for gap in gaps if not gap <= TOLERANCE]:  # nan is wrong too
         return eager, f"not compiled, which is slower: the compiled derivative is off by {wrong[0]:.1e}"
     return made, None
+
+
+def compiled_statistics(
+    statistics: Callable[..., list[Tensor]],
+    net: Any,
+    probe: Float[Tensor, "n c h w"],
+    precision: str,
+    at_once: int | None = None,
+) -> tuple[Callable[..., list[Tensor]], str | None]:
+    """`statistics(net, x)`, a row an image, compiled; it works on `at_once` images (None: all) at a time.
+
+    The maps between are fused away; weights of `net` may change in place. It is tried once forwards and
+    backwards on `probe`; where that fails, `statistics` comes back with the reason.
+    """
+    kernel = torch.compile(statistics)
+
+    def made(net: Any, x: Tensor) -> list[Tensor]:
+        found = [kernel(net, _of_any_number(piece)) for piece in x.split(at_once or len(x))]
+        return found[0] if len(found) == 1 else [torch.cat(rows) for rows in zip(*found, strict=True)]
+
+    def tried(function: Callable[..., list[Tensor]]) -> list[Tensor]:
+        live = probe.contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast(probe.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.no_grad():
+                rows = function(net, live.detach())
+            found = function(net, live)
+            sizes = [row.square().sum() for row in rows]  # so that none of them hides another's gradient
+            total = torch.stack(
+                [v.mean(0).square().sum() / s for v, s in zip(found, sizes, strict=True)]
+            ).sum()
+        return [*rows, torch.autograd.grad(total, live)[0]]
+
+    try:
+        with _quiet(), torch.enable_grad():
+            gaps = [_gap(a, b) for a, b in zip(tried(made), tried(statistics), strict=True)]
+    except Exception as error:  # whatever a compiler raises
+        return statistics, f"not compiled, which is slower: {_reason(error)}"
+    allowed = TOLERANCE if precision == "fp32" else 10 * TOLERANCE
+    if wrong := [gap for gap in gaps if not gap <= allowed]:  # nan is wrong too
+        return statistics, f"not compiled, which is slower: compiled statistics are off by {wrong[0]:.1e}"
+    return made, None
+
+
+def _of_any_number(x: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _tried(made: Derivatives, theta: Tensor, x: Tensor, y: Tensor, gradient: str) -> list[Tensor | None]:

@@ -199,3 +199,31 @@ def test_a_state_of_another_form_is_refused(tmp_path, template):
     checkpoint.save(tmp_path, 3, STATE, {})
     with pytest.raises(ArtefactError, match=r"the checkpoint has no '/.*' of the right kind"):
         checkpoint.load(tmp_path, 3, template)
+
+
+def test_a_kill_while_old_checkpoints_are_removed_leaves_whole_ones_and_is_made_good(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **named):
+        raise Killed
+
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, Box(step, STATE.value), {})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "unlink", die)  # in the midst of taking step 1 away
+        checkpoint.save(tmp_path, 3, Box(3, STATE.value), {})
+    assert checkpoint.steps(tmp_path) == [3, 2]
+    assert [checkpoint.load(tmp_path, step, STATE)[0].step for step in (3, 2)] == [3, 2]
+    checkpoint.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_cleaning_keeps_the_checkpoints_that_a_finished_save_would_keep(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "one", step, Box(step, STATE.value), {})
+        checkpoint.save(tmp_path / "two", step + 2, Box(step + 2, STATE.value), {})
+    for path in (tmp_path / "two").iterdir():  # as a kill before the removal of old ones leaves it
+        path.rename(tmp_path / "one" / path.name)
+    checkpoint.clean(tmp_path / "one")
+    assert checkpoint.steps(tmp_path / "one") == [4, 3]

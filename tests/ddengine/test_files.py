@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and nothing damaged is read."""
 
+import errno
 import json
 import os
 import stat
@@ -66,6 +67,90 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
             ):
                 files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+
+
+def failing(number, after=0):
+    """Fails as the system does, from call `after` on; a write has then done half of its work."""
+    calls = []
+
+    def fail(real):
+        def called(*args, **named):
+            calls.append(real.__name__)
+            if len(calls) <= after:
+                return real(*args, **named)
+            if real is WRITE:
+                real(args[0], memoryview(args[1])[: len(args[1]) // 2])
+            raise OSError(number, os.strerror(number))
+
+        return called
+
+    return fail
+
+
+WRITE = os.write
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("phase", ["open", "write", "fsync", "replace"])
+def test_a_refusal_at_any_phase_names_path_and_bytes_and_leaves_all_as_it_was(
+    tmp_path, monkeypatch, phase, number
+):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    for write in (lambda: files.write_bytes(path, b"newer"), lambda: files.write_json(path, 1234)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, phase, failing(number)(getattr(os, phase)))
+            with pytest.raises(UsageError) as caught:
+                write()
+        assert caught.value.cause == f"cannot write {path} (5 bytes): {os.strerror(number)}"
+        assert "free some, then repeat the command" in caught.value.remedy
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["a"]
+    files.write_bytes(path, b"newer")
+    assert path.read_bytes() == b"newer" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("phase", ["open", "write", "fsync"])
+def test_a_log_that_is_refused_at_any_phase_is_as_it_was(tmp_path, monkeypatch, phase, number):
+    path = tmp_path / "log.jsonl"
+    files.append_json_line(path, {"step": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, phase, failing(number)(getattr(os, phase)))
+        with pytest.raises(
+            UsageError, match=rf"cannot append to .*log\.jsonl \(12 bytes\): {os.strerror(number)}"
+        ):
+            files.append_json_line(path, {"step": 1})
+    assert path.read_text() == '{"step": 0}\n'
+    files.append_json_line(path, {"step": 1})
+    assert [record["step"] for record in files.read_json_lines(path)] == [0, 1]
+
+
+def test_a_write_that_the_system_cuts_short_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda handle, data: WRITE(handle, data[:7]))
+    files.write_bytes(tmp_path / "a", bytes(range(100)))
+    assert (tmp_path / "a").read_bytes() == bytes(range(100))
+
+
+def test_a_folder_that_cannot_be_flushed_on_its_own_is_no_failure_and_a_full_one_is(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.EIO):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing(number, after=1)(os.fsync))
+            if number == errno.EINVAL:
+                files.write_bytes(tmp_path / "a", b"1")
+                continue
+            with pytest.raises(UsageError, match="Input/output error"):
+                files.write_bytes(tmp_path / "a", b"2")
+
+
+def test_two_names_change_places_at_one_stroke_or_not_at_all(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "said").write_text(name)
+    done = files.exchange(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "one" / "said").read_text() == ("two" if done else "one")
+    with pytest.raises(OSError, match="No such file"):
+        files.exchange(tmp_path / "one", tmp_path / "missing")
 
 
 def test_a_folder_below_a_file_is_refused(tmp_path):

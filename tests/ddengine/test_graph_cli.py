@@ -110,7 +110,7 @@ def snapshot(folder):
 def same(table):
     """A table without what differs from time to time, or from one spelling of the command to another."""
     rows = [{key: value for key, value in row.items() if key != "train_seconds"} for row in table["rows"]]
-    return {**table, "rows": rows, "command": None}
+    return {**table, "rows": rows, "command": None, "seal": None}
 
 
 def bad(name):

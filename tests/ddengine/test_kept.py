@@ -176,3 +176,14 @@ def test_labels_of_the_test_part_stay_sealed_while_it_is_hashed(digits):
     sealed = Sealed(digits.test)
     assert sealed.hashed(content) == content(digits.test)
     assert sealed.hashed(content) != content(replace(digits.test, y=torch.zeros_like(digits.test.y)))
+
+
+def test_what_a_killed_evaluation_left_is_removed_and_other_folders_are_left_alone(tmp_path):
+    for name in ("thesis.tex", ".tmp-thesis"):
+        (tmp_path / name).write_text("of another program")
+    Kept(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "thesis.tex").unlink()
+    Kept(tmp_path).put({"row": "full"}, {"test": 0.5})
+    assert not (tmp_path / ".tmp-thesis").exists()
+    assert Kept(tmp_path).find({"row": "full"}) == {"test": 0.5}

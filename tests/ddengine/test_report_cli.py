@@ -77,7 +77,9 @@ def log(folder):
 
 
 def table_of(folder):
-    return json.loads((folder / "table.json").read_text())
+    found = json.loads((folder / "table.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", found.pop("seal"))
+    return found
 
 
 def test_evaluate_leaves_the_table_that_it_returns_beside_the_log(world, tmp_path):

@@ -19,7 +19,7 @@ from ddengine.ops.whiten import fit_zca
 from ddengine.recipes import task
 from ddengine.rng import Rng
 from ddengine.types import Images
-from expert_buffers import ExpertBuffer, record, recorder, training
+from expert_buffers import ExpertBuffer, asked, record, recorder, training
 from expert_buffers.estimate import Estimate, estimate
 from expert_buffers.recipes import RECIPES
 from expert_buffers.training import initial_state, train_epoch
@@ -226,7 +226,7 @@ def test_the_horizon_is_what_a_matcher_reads_and_some_experts_go_to_the_end(imag
 
 
 def test_whitened_images_are_whitened_once_before_the_work(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "WHITENED_AT_ONCE", 37)
+    monkeypatch.setattr(asked, "WHITENED_AT_ONCE", 37)
     zca = replace(images, spec=replace(images.spec, zca=fit_zca(images.x.float() / 255)))
     found = record(zca, NET, tmp_path / "zca", count=1, epochs=2)
     assert found.manifest["dataset"]["preprocessing"] == "zca"
@@ -234,7 +234,7 @@ def test_whitened_images_are_whitened_once_before_the_work(images, tmp_path, mon
     other = record(plain, NET, tmp_path / "plain", count=1, epochs=2)
     torch.testing.assert_close(found[0].params, other[0].params, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(type(images.spec), "normalise", lambda *given: pytest.fail("whitened in a batch"))
-    monkeypatch.setattr(recorder, "_whitened", lambda source: plain)
+    monkeypatch.setattr(asked, "whitened", lambda source: plain)
     record(zca, NET, tmp_path / "again", count=1, epochs=1)
 
 

@@ -13,8 +13,8 @@ from ddengine.nets import NetSpec, build, resolve
 from ddengine.ops import dsa
 from ddengine.rng import Rng
 from ddengine.types import Budget, DataSpec, Images, Task
-from matchers import descent
-from matchers.attention import AttentionMatching, AttentionOptions
+from matchers import descent, target_bank
+from matchers.attention import AttentionMatching, AttentionOptions, Statistics, attention_matching_loss
 from matchers.distribution import DistributionMatching, DistributionOptions
 
 NET = NetSpec("convnet", width=5, depth=2)
@@ -52,18 +52,19 @@ def class_statistics(net, x, p):
     return [*maps[:-1], x.flatten(1).mean(0)]
 
 
-def reference_gradient(problem, o, synthetic, rng, norm="instance"):
+def reference_gradient(problem, o, synthetic, rng, norm="instance", net=None):
     """Loss and gradient class by class from the formulas, with the draws of one network of a step."""
     source, spec = problem.source, problem.source.spec
     classes, ipc = len(spec.classes), problem.ipc
-    net = build(resolve(replace(NET, norm=norm), spec.shape), spec.shape, classes, rng.torch("weights"))
+    resolved = resolve(replace(NET, norm=norm), spec.shape)
+    net = build(resolved, spec.shape, classes, rng.torch("weights")) if net is None else net
     params = dsa.sample(rng.torch("augment"), dsa.strategy_for(spec.name), classes, spec.shape[1:])
     picks = source.draw(rng.torch("real"), range(classes), o.real_per_class)
     synthetic = synthetic.detach().clone().requires_grad_()
-    loss = torch.zeros(())
+    loss = torch.zeros((), dtype=synthetic.dtype)
     for c in range(classes):
         row = params[torch.tensor([c])]
-        real = (source.x[picks[c]].float() / 255 - 0.5) / 0.25
+        real = (source.x[picks[c]].to(synthetic.dtype) / 255 - 0.5) / 0.25
         with torch.no_grad():
             target = class_statistics(net, dsa.apply(real, row), o.p)
         mine = class_statistics(net, dsa.apply(synthetic[c * ipc : (c + 1) * ipc], row), o.p)
@@ -89,6 +90,87 @@ def test_a_step_is_the_formula_class_by_class(p, name, follow):
     )
     assert torch.equal(after.synth.images, before.synth.images - 3 * after.velocity["images"])
     assert after.step == 1 and not before.velocity["images"].any()
+
+
+def test_a_step_is_the_formula_in_double_precision():
+    problem = task()
+    matcher = AttentionMatching(QUICK, NET)
+    rng, o = Rng(3), matcher.options
+    state, work = matcher.init(problem, rng), matcher.prepare(problem, rng)
+    draws = rng.fold("step", 0, 0)
+    images = state.synth.images.double()
+    net = descent.draw_network(work, draws, o, 0).double()
+    params = dsa.sample(draws.torch("augment"), dsa.STRATEGY, 3, (8, 9))
+    work.data = SimpleNamespace(
+        spec=problem.source.spec, draw=problem.source.draw,
+        model_input=lambda index: (problem.source.x[index].double() / 255 - 0.5) / 0.25,
+    )  # fmt: skip
+    targets = descent.real_targets(work, net, draws, params, o, 7)
+    synth = replace(state.synth, images=images)
+    weights = 0.01 * descent.width_factor(targets[-1].shape[1], True)
+
+    def loss(real, synthetic):
+        pair = [Statistics(tuple(s[:-1]), s[-1]) for s in (real, synthetic)]
+        return attention_matching_loss(*pair, weights)
+
+    found, total = descent.matching_gradient(synth, work, net, params, targets, o, loss)
+    wanted, gradient = reference_gradient(problem, o, images, draws, net=net)
+    torch.testing.assert_close(total, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found["images"], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("real", [None, 11])
+def test_a_step_with_the_bank_is_the_formula_of_its_pair(real, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDENGINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(target_bank, "BLOCK", 2)
+    problem = task()
+    banked = replace(QUICK, bank="on", bank_reuse=2, bank_real=real, networks_per_step=2, momentum=0.0)
+    matcher, rng = AttentionMatching(banked, NET), Rng(3)
+    state, work = matcher.init(problem, rng), matcher.prepare(problem, rng)
+    o = replace(matcher.options, real_per_class=real or 7)
+    for numbers in ((0, 1), (0, 1), (2, 3)):
+        images = state.synth.images
+        runs = [reference_gradient(problem, o, images, rng.fold("bank", number)) for number in numbers]
+        gradient = torch.stack([g for _, g in runs]).mean(0)
+        state, metrics = matcher.step(state, work, rng)
+        torch.testing.assert_close(
+            metrics["loss"], torch.stack([loss for loss, _ in runs]).mean(), rtol=1e-5, atol=0
+        )
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(state.velocity["images"], gradient, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_compiled_steps_do_not_go_on_where_there_is_no_compiler(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    problem, rng, o = task(), Rng(3), replace(QUICK, compile="on")
+    matcher = AttentionMatching(o, NET)
+    state, work = matcher.init(problem, rng), matcher.prepare(problem, rng)
+    assert work.notes == () and state.compiled is None
+    state, _ = matcher.step(state, work, rng)
+    assert state.compiled is True
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    other = matcher.prepare(problem, rng)
+    assert other.notes == ("not compiled, which is slower: no compiler",)
+    with pytest.raises(UsageError, match="the steps so far were compiled, the next would be not compiled"):
+        matcher.step(state, other, rng)
+
+
+@pytest.mark.parametrize(
+    ("told", "steps", "device", "expected"),
+    [
+        ("auto", 10, "cuda", False),
+        ("auto", 5000, "cuda", True),
+        ("auto", 5000, "cpu", False),
+        ("on", 10, "cpu", True),
+        ("off", 5000, "cuda", False),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(told, steps, device, expected):
+    o = replace(QUICK, compile=told)
+    assert descent._compiles(o, steps, torch.device(device)) == expected
 
 
 def test_momentum_and_rate_follow_their_formula_over_steps():
@@ -120,14 +202,13 @@ def test_no_forward_is_larger_than_the_chunk(chunk, ipc):
     problem, matcher = task(classes=11, ipc=ipc), AttentionMatching(replace(QUICK, chunk=chunk), NET)
     rng, sizes = Rng(0), []
     work = matcher.prepare(problem, rng)
-    net = work.extra["net"]
-    features = net.features
+    statistics = work.extra["statistics"]
 
-    def recorded(x, tap=None):
+    def recorded(net, x):
         sizes.append(len(x))
-        return features(x, tap)
+        return statistics(net, x)
 
-    net.features = recorded
+    work.extra["statistics"] = recorded
     matcher.step(matcher.init(problem, rng), work, rng)
     assert sum(sizes) == 11 * (7 + ipc) and max(sizes) <= chunk
 
@@ -302,6 +383,6 @@ def test_bf16_follows_fp32():
 
 
 def test_fractions_of_a_step_are_refused():
-    for key in ("steps", "chunk", "networks_per_step", "real_per_class"):
+    for key in ("steps", "chunk", "networks_per_step", "real_per_class", "bank_reuse", "bank_real"):
         with pytest.raises(UsageError, match=f"matcher.{key}=2.5 is out of range\nGive a whole number"):
             descent.check_options(SimpleNamespace(**{**vars(QUICK), key: 2.5}))

@@ -15,10 +15,12 @@ from matchers.parametrised import Beside, FormOptions
 from synth import DistilledSet
 from synth.budget import SheetPlan
 from synth.compensated import Compensated
+from synth.factored import Factored
 from synth.pixels import Pixels
 
 NET = NetSpec("convnet", width=4, depth=2)
 SHARED = FormOptions("compensated", compensators=2, groups=2)
+PIXEL_MATCHERS = ("attention", "distribution", "characteristic")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,10 @@ def test_soft_labels_and_the_rate_take_their_bytes_from_the_images(task):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"name": "factored"}, "synth"),
+        ({"name": "facored"}, "Did you mean 'factored'"),
+        ({"name": "factored", "factor": 0}, "matcher.synth.factor=0"),
+        ({"factor": 2}, "matcher.synth.factor=2 and synth is pixels\nGive synth=factored"),
+        ({"name": "factored", "groups": 2}, "matcher.synth.groups=2 and synth is factored\nGive synth=comp"),
         ({"compensators": 0}, "matcher.synth.compensators"),
         ({"groups": -1}, "matcher.synth.groups"),
         ({"rate": 0}, "matcher.synth.rate"),
@@ -154,3 +159,103 @@ def test_options_out_of_range_are_refused_by_name(options, said):
 def test_a_budget_below_one_sheet_is_refused(task):
     with pytest.raises(UsageError, match="too small for one sheet of 10 classes with 2 compensators"):
         parametrised.form(Task(task.images, Budget(1)), torch.zeros(10, 1, 8, 8), SHARED, "uint8", Rng(0))
+
+
+def small(task):
+    """Four stored images a class: 16 cells of the 18 images that the smallest class has."""
+    return Task(task.images, Budget(4))
+
+
+def factored(task, factor=2):
+    o, task = FormOptions("factored", factor), small(task)
+    count = parametrised.per_class(task, o, "uint8")
+    x = torch.arange(float(10 * count))[:, None, None, None].expand(-1, 1, 8, 8).clone()
+    return parametrised.form(task, x, o, "uint8", Rng(0)), count
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_grids_start_from_as_many_images_as_they_have_cells(task, factor):
+    synth, count = factored(task, factor)
+    assert isinstance(synth, Factored) and count == 4 * factor**2 and len(synth.images) == 40
+    assert torch.equal(synth.labels, torch.arange(10).repeat_interleave(4))
+    decoded = synth.decode()
+    assert len(decoded) == parametrised.count(small(task), FormOptions("factored", factor), "uint8")
+    assert sorted(decoded.x[:, 0, 4, 4].round().int().tolist()) == list(range(10 * count))
+    assert torch.equal(decoded.x[:, 0, 4, 4].round().int() // count, decoded.y.int())
+    assert torch.equal(descent.classes_of(synth), decoded.y)
+    assert synth.nbytes == factored(task, 1)[0].nbytes
+
+
+@pytest.mark.parametrize("name", PIXEL_MATCHERS)
+def test_a_factor_of_one_is_matching_of_pixels_bit_for_bit(task, name):
+    sets = []
+    for form in ("pixels", {"name": "factored", "factor": 1}):
+        matcher = matchers.make(name, NET, steps=2, real_per_class=5, synth=form)
+        rng = Rng(0)
+        state, work = matcher.init(task, rng), matcher.prepare(task, rng)
+        for _ in range(2):
+            state, _ = matcher.step(state, work, rng)
+        sets.append(matcher.finish(state, work, rng))
+        work.close()
+    assert [type(synth) for synth in sets] == [Pixels, Factored]
+    assert torch.equal(sets[0].decode().x, sets[1].decode().x) and sets[0].nbytes == sets[1].nbytes
+
+
+@pytest.mark.parametrize("name", PIXEL_MATCHERS)
+def test_a_step_moves_every_stored_pixel(task, name):
+    matcher = matchers.make(name, NET, steps=2, real_per_class=5, augment="none", synth="factored")
+    rng, task = Rng(0), small(task)
+    state, work = matcher.init(task, rng), matcher.prepare(task, rng)
+    after, _ = matcher.step(state, work, rng)
+    moved = after.synth.images - state.synth.images
+    torch.testing.assert_close(moved, -matcher.options.lr * after.velocity["images"], rtol=1e-3, atol=1e-5)
+    assert (moved != 0).float().mean() > 0.9 and matcher.options.synth.factor == 2
+    work.close()
+
+
+def test_a_gradient_for_cells_is_pulled_back_to_the_stored_images(task):
+    synth, _ = factored(task)
+    weights = torch.randn(synth.decode().x.shape, generator=Rng(1).torch("w"))
+    found = parametrised.pulled_back(synth, weights)
+    total = weights.reshape(4, 40, 64).sum(2)  # what each cell gets: the weights of up-sampling add up to 1
+    cells = found["images"].reshape(40, 2, 4, 2, 4).sum((2, 4)).reshape(40, 4).T
+    torch.testing.assert_close(cells, total, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft", "learned", "target"])
+def test_trajectory_matching_moves_grids(tmp_path, task, labels):
+    buffer = trained_experts.write(tmp_path / "buffer", task.images, NET, count=1, epochs=3)
+    inner = {"steps": 2, "rate": 0.02}
+    matcher = matchers.make("trajectory", NET, steps=2, labels=labels, lr=1.0, inner=inner, synth="factored")
+    rng, work_on = Rng(0), Task(task.images, Budget(3), buffer)
+    first = state = matcher.init(work_on, rng)
+    work = matcher.prepare(work_on, rng)
+    while state.step < 2:
+        state, _ = matcher.step(state, work, rng)
+    synth = matcher.finish(state, work, rng)
+    work.close()
+    assert isinstance(synth, Factored) and not torch.equal(synth.images, first.synth.images)
+    assert len(synth.images) == 30 and len(synth.decode()) == 120
+    assert synth.y_kind == {"hard": "class", "target": "prob"}.get(labels, "logit")
+    assert torch.equal(synth.labels, first.synth.labels) == (labels in ("hard", "soft"))
+    stored = DistilledSet.make(synth, recipe={}, provenance={})
+    assert stored.manifest["budget"]["ipc"] == 3 and float(stored.tensors["student_lr"]) > 0
+
+
+def test_too_few_images_for_the_cells_and_too_small_images_are_refused(task):
+    few = Task(task.images, Budget(max(task.images.counts)))
+    with pytest.raises(UsageError, match="images a class start from .* the smallest class has") as refused:
+        parametrised.per_class(few, FormOptions("factored"), "uint8")
+    assert "\n" not in refused.value.cause + refused.value.remedy
+    with pytest.raises(UsageError, match="matcher.synth.factor=9: .* no 9 cells to a side"):
+        parametrised.per_class(Task(task.images, Budget(1)), FormOptions("factored", 9), "uint8")
+
+
+def test_grids_and_a_rate_share_a_budget_in_bytes(tmp_path, task):
+    buffer = trained_experts.write(tmp_path / "buffer", task.images, NET, count=1, epochs=3)
+    exact = Task(task.images, Budget(nbytes=2 * 10 * (64 + 8 + 1)), buffer)
+    with pytest.raises(UsageError, match="no room for the student's rate\nGive budget.nbytes=1464"):
+        matchers.make("trajectory", NET, synth="factored").init(exact, Rng(0))
+    with pytest.raises(UsageError, match="bytes are for hard labels"):
+        some = Task(task.images, Budget(nbytes=2000), buffer)
+        matchers.make("trajectory", NET, synth="factored", labels="learned").init(some, Rng(0))

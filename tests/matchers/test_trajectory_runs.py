@@ -194,7 +194,7 @@ def test_reading_ahead_ends_with_the_run(task, monkeypatch):
 
     def kept(self, task, rng):
         work = prepare(self, task, rng)
-        held.append(work.extra["prefetch"])
+        held.append(work.extra["readers"].each[0])
         return work
 
     monkeypatch.setattr(trajectory.TrajectoryMatching, "prepare", kept)

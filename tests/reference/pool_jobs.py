@@ -9,6 +9,7 @@ from torch import nn
 
 from ddengine.bench import scored_on_test
 from ddengine.errors import DDError, UsageError
+from ddengine.nets import NetSpec, build
 from ddengine.rng import Rng
 
 
@@ -48,3 +49,9 @@ def gradient(shared, job):
     x = torch.linspace(-1, shared, 8 * 3 * 32 * 32).reshape(8, 3, 32, 32).requires_grad_()
     weight = torch.linspace(-1, 1, 16 * 3 * 9).reshape(16, 3, 3, 3)
     return torch.autograd.grad(torch.conv2d(x, weight).relu().pow(job).mean(), x)[0]
+
+
+def built(shape, job):
+    """The first weights of a network for images of `shape` that is built by its name."""
+    name, seed = job
+    return next(build(NetSpec(name), shape, 5, torch.Generator().manual_seed(seed)).parameters()).detach()

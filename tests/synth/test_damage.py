@@ -13,8 +13,9 @@ from random_graphs import mutated
 
 from ddengine import files
 from ddengine.errors import ArtefactError
+from ddengine.rng import Rng
 from ddengine.types import Whitening
-from synth import DistilledSet, Subset, schema, verify
+from synth import DistilledSet, Factored, Subset, schema, verify
 
 FILES = ("README.md", "data.safetensors", "manifest.json", "preview.png")
 
@@ -609,3 +610,39 @@ def test_random_values_in_a_sealed_manifest_of_composites_raise_nothing_else(
     shutil.copytree(pristine_composed["int8"], copy)
     forge(copy, **{place: value})
     refuse(copy)
+
+
+@pytest.fixture
+def saved_grids(pixels, tmp_path):
+    """A saved set of grids with soft labels of every cell."""
+    labels = torch.randn((4 * len(pixels.images), len(pixels.spec.classes)), generator=Rng(5).torch("labels"))
+    synth = Factored(pixels.images, labels, pixels.spec, 2, "logit", student_lr=0.01)
+    return DistilledSet.make(synth, recipe={}, provenance={}).save(tmp_path / "grids")
+
+
+def test_forged_factors_are_refused(pixels, saved_grids, tmp_path):
+    wrong = ((3, "labels are"), (6, "no 6 cells"), (0, "1..16"), (2**20, "1..16"), (2.0, "1..16"))
+    for factor, said in wrong:
+        forge(saved_grids, factor=factor)
+        assert said in refuse(saved_grids).cause
+    forge(saved_grids, factor=2, count=4)
+    assert "count is not the number" in refuse(saved_grids).cause
+    forge(saved_grids, count=44, kind="pixels")
+    assert "'factor' is unknown" in refuse(saved_grids, "manifest.json").cause
+    plain = DistilledSet.make(pixels, recipe={}, provenance={}).save(tmp_path / "pixels")
+    forge(plain, kind="factored")
+    assert "'factor' is missing" in refuse(plain, "manifest.json").cause
+
+
+def test_forged_tensors_of_grids_are_refused(saved_grids):
+    tensors = DistilledSet.load(saved_grids).tensors
+    for changed, said in (
+        ({"labels": tensors["labels"][:11].clone()}, "labels are"),
+        ({"labels": tensors["labels"] * float("nan")}, "labels are not finite"),
+        ({"images": tensors["images"][:, :, 1:].contiguous()}, "images are"),
+        ({"images.scale": -tensors["images.scale"]}, "images are not finite"),
+        ({"student_lr": torch.tensor(-1.0)}, "student_lr"),
+        ({"extra": torch.zeros(1)}, "'extra' does not belong"),
+    ):
+        forge(saved_grids, {**tensors, **changed})
+        assert said in refuse(saved_grids, "data.safetensors").cause

@@ -221,7 +221,9 @@ def test_a_failing_disk_leaves_the_earlier_set_and_no_rubbish(saved, pixels, mon
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_kill_between_the_renames_loses_nothing(saved, pixels, monkeypatch, renames):
+def test_a_kill_between_the_renames_of_a_system_without_exchange_loses_nothing(
+    saved, pixels, monkeypatch, renames
+):
     class Killed(BaseException):
         pass
 
@@ -237,6 +239,7 @@ def test_a_kill_between_the_renames_loses_nothing(saved, pixels, monkeypatch, re
     made = DistilledSet.make(replace(pixels, images=pixels.images + 1), **NO_NOTES)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Path, "rename", rename)
+        patch.setattr(files, "exchange", lambda one, other: False)
         made.save(saved, overwrite=True)
     with pytest.raises(UsageError, match="holds another"):
         made.save(saved)

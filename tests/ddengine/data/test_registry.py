@@ -1,15 +1,15 @@
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import EntryPoint
 
 import numpy as np
+import plugged
 import pytest
 import torch
 
 from ddengine import data
 from ddengine.data import registry
-from ddengine.data.source import Part, Request, Source
+from ddengine.data.source import Part, Source
 from ddengine.errors import UsageError
 from ddengine.types import fingerprint
 
@@ -23,10 +23,6 @@ def source(n: int = 12, k: int = 2, **changes) -> Source:
     draw = np.random.default_rng(0).integers(0, 256, (n, 3, 2, 5), dtype=np.uint8)
     part = Part(torch.from_numpy(draw), torch.arange(n) % k)
     return replace(Source(tuple("abcdefg"[:k]), part), **changes)
-
-
-def plugin(request: Request) -> Source:
-    return source(notes=(f"size {request.size}",))
 
 
 def test_digits_holds_every_bundled_image_once(digits):
@@ -208,23 +204,62 @@ def test_every_dataset_has_a_loader_and_a_description():
         data.describe("imagenet22k")
 
 
-def test_an_installed_plugin_is_found_by_name(monkeypatch):
-    points = [
-        EntryPoint("mine", f"{__name__}:plugin", data.GROUP),
-        EntryPoint("broken", "no_such_module:f", data.GROUP),
-    ]
-    monkeypatch.setattr(EntryPoint, "load", lambda self: plugin if self.name == "mine" else _broken())
-    for module in (data, registry):
-        monkeypatch.setattr(module, "entry_points", lambda group: points)
-    assert data.load("mine", size=7).notes == ("size 7",)
-    assert data.names()[-2:] == ["broken", "mine"]
-    assert data.describe("mine").startswith("plug-in: ")
-    with pytest.raises(UsageError, match="cannot be imported: no such module"):
-        data.load("broken")
+PLUGIN = """
+import torch
+from ddengine.data import Part, Source
 
 
-def _broken():
-    raise ImportError("no such module")
+def plugin(request):
+    part = Part(torch.arange(24 * 30).reshape(24, 3, 2, 5).to(torch.uint8), torch.arange(24) % 2)
+    return Source(("a", "b"), part, notes=(f"size {request.size}",))
+
+
+def failing(request):
+    return {}[request.name]
+
+
+def finished(request):
+    return [1, 2]
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    found = {"mine": "plugin", "failing": "failing", "finished": "finished", "number": "number"}
+    entries = {name: f"more_datasets:{attribute}" for name, attribute in found.items()}
+    entries |= {"broken": "no_such_module:f", "digits": "more_datasets:plugin"}
+    plugged.install(tmp_path, "more-datasets", {"datasets": entries}, PLUGIN, version="2.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("more_datasets", None)
+
+
+def test_an_installed_plugin_is_found_by_name(plugins):
+    loaded = data.load("mine", size=7)
+    assert loaded.notes == ("size 7",) and len(loaded.spec.fingerprint) == 64
+    assert sum(len(part) for part in (loaded.fit, loaded.validation, loaded.test)) == 24
+    assert data.names()[len(data.DESCRIPTIONS) :] == ["broken", "failing", "finished", "mine", "number"]
+    assert data.describe("mine") == "plug-in of more-datasets 2.1: more_datasets:plugin"
+    assert len(data.load("digits").fit) > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("broken", r"dataset 'broken' does not load: No module named 'no_such_module'"),
+        ("failing", r"dataset 'failing' fails: KeyError: 'failing'"),
+        ("finished", r"dataset 'finished' gives a list, not a ddengine.data.Source"),
+        ("number", r"dataset 'number' is a int, not a function of a Request"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_one_line_and_a_remedy(plugins, name, cause):
+    with pytest.raises(UsageError, match=rf"{cause} \(plug-in of more-datasets 2.1, ") as refused:
+        data.load(name)
+    assert "\n" not in refused.value.cause
+    assert refused.value.remedy.startswith("Repair, update or uninstall more-datasets")
 
 
 def test_the_default_root_follows_the_environment(monkeypatch, tmp_path):

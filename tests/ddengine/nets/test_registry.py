@@ -1,13 +1,15 @@
 """Building by name: defaults, refusals, seeds, and what is known of a network before and after."""
 
-import importlib.metadata
+import pickle
+import sys
 
 import numpy as np
+import plugged
+import pool_jobs
 import pytest
 import torch
 from torch import nn
 
-from ddengine import nets
 from ddengine.errors import UsageError
 from ddengine.nets import (
     NETWORKS,
@@ -19,6 +21,7 @@ from ddengine.nets import (
     reinitialise,
     resolve,
 )
+from ddengine.parallel import job_pool
 
 SMALL = {
     "convnet": NetSpec("convnet", width=5, norm="batch"), "mlp": NetSpec("mlp", width=7),
@@ -40,9 +43,12 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-class Plugin(nn.Module):
-    """A network of another package, with one option."""
+PLUGINS = """
+import torch
+from torch import nn
 
+
+class Plugin(nn.Module):
     @staticmethod
     def defaults(shape):
         return {"width": 11}
@@ -50,31 +56,30 @@ class Plugin(nn.Module):
     def __init__(self, shape, classes, width):
         super().__init__()
         self.classifier = nn.Linear(shape[0] * width, classes)
-
-
-class Buffered(Plugin):
-    """A network with a buffer that no generator can fill."""
-
-    def __init__(self, shape, classes, width):
-        super().__init__(shape, classes, width)
         self.register_buffer("table", torch.ones(3), persistent=False)
 
+    def forward(self, x):
+        return self.classifier(x.mean((2, 3)).repeat(1, self.classifier.in_features // x.shape[1]))
 
-def unnamed(shape, classes):
-    return nn.Linear(shape[0], classes)
+
+def factory(in_channels, num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+
+
+value = nn.Linear(3, 5)
+"""
 
 
 @pytest.fixture
-def plugins(monkeypatch):
-    """Three entry points of an installed package that do not exist outside this test."""
-    found = {"plugin": Plugin, "buffered": Buffered, "unnamed": unnamed}
-
-    class Entry(importlib.metadata.EntryPoint):
-        def load(self):
-            return found[self.name]
-
-    entries = [Entry(name, f"package:{name}", "ddengine.networks") for name in found]
-    monkeypatch.setattr(nets, "entry_points", lambda group: [e for e in entries if e.group == group])
+def plugins(tmp_path, monkeypatch):
+    """An installed distribution with a class, a factory, a value, and one of our names."""
+    module = "more_networks"
+    found = {"plugin": "Plugin", "made": "factory", "value": "value", "gone": "gone", "convnet": "Plugin"}
+    entries = {name: f"{module}:{attribute}" for name, attribute in found.items()}
+    plugged.install(tmp_path, "more-networks", {"networks": {**entries, "gin": "no:one"}}, PLUGINS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop(module, None)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -208,19 +213,42 @@ def test_family_is_the_name_without_its_numbers():
     assert {name: family(name) for name in names} == names
 
 
-def test_networks_of_other_packages_are_found_and_named(plugins):
-    assert find_network("plugin") is Plugin
+def test_networks_of_other_packages_are_built_by_name(plugins):
     assert resolve(NetSpec("plugin"), SHAPE) == NetSpec("plugin", width=11)
-    assert build(NetSpec("plugin", width=4), SHAPE, 5, generator()).classifier.weight.shape == (5, 12)
-    with pytest.raises(UsageError, match=r"Did you mean 'plugin'\?"):
+    net = build(NetSpec("plugin", width=4), SHAPE, 5, generator())
+    assert net.net.classifier.weight.shape == (5, 12) and net.training
+    assert equal(net, build(NetSpec("plugin", width=4), SHAPE, 5, generator()))
+    assert not equal(net, build(NetSpec("plugin", width=4), SHAPE, 5, generator(1)))
+    assert build(NetSpec("made"), SHAPE, 5, generator())(torch.zeros((2, *SHAPE))).shape == (2, 5)
+    with pytest.raises(UsageError, match="network.width=4 means nothing to network 'made'"):
+        resolve(NetSpec("made", width=4), SHAPE)
+    with pytest.raises(UsageError, match=r"Did you mean 'plugin'\?.*made, mlp"):
         find_network("plugins")
 
 
-def test_networks_of_other_packages_that_cannot_be_built_are_refused(plugins):
-    with pytest.raises(UsageError, match=r"'unnamed' of package:unnamed has no defaults"):
-        find_network("unnamed")
-    with pytest.raises(UsageError, match="'buffered' has the buffer 'table'"):
-        build(NetSpec("buffered"), SHAPE, 5, generator())
+def test_a_network_of_another_package_is_found_again_where_it_is_sent(plugins):
+    spec, net = NetSpec("plugin", width=4), build(NetSpec("plugin", width=4), SHAPE, 5, generator())
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert equal(pickle.loads(pickle.dumps(net)), net)
+    with job_pool(pool_jobs.built, SHAPE, workers=2) as mapped:
+        seen = list(mapped([("plugin", 3), ("plugin", 4)]))
+    for seed, weights in zip((3, 4), seen, strict=True):
+        here = build(NetSpec("plugin"), SHAPE, 5, generator(seed))
+        assert torch.equal(here.net.classifier.weight.detach(), weights)
+
+
+def test_networks_of_other_packages_that_cannot_be_used_are_refused(plugins):
+    place = r"\(plug-in of more-networks 1.0, more_networks:\w+\)\nRepair, update or uninstall more-networks"
+    with pytest.raises(UsageError, match=f"'value' is a Linear, neither a class nor a function {place}"):
+        find_network("value")
+    with pytest.raises(UsageError, match=f"network 'gone' does not load: AttributeError: .*'gone' {place}"):
+        build(NetSpec("gone"), SHAPE, 5, generator())
+
+
+def test_a_plug_in_takes_none_of_our_names(plugins):
+    assert find_network("convnet") is NETWORKS["convnet"]
+    with pytest.raises(UsageError, match="network gin works on graphs"):
+        find_network("gin")
 
 
 def test_a_network_for_graphs_is_refused_for_images_by_what_it_works_on():

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from ddengine.nets import NetSpec, build, convnet
 from ddengine.ops import compiled as module
-from ddengine.ops.compiled import Compiled, compiled, derivatives
+from ddengine.ops.compiled import Compiled, compiled, compiled_statistics, derivatives
 from ddengine.ops.unroll import Derivatives, Eager, Inner, Point, adjoint_gradient, unroll_gradient
 
 M, SHAPE, K = 5, (2, 8, 8), 3
@@ -190,3 +190,96 @@ def test_what_is_tried_for_the_unroll_is_its_second_derivative(by, monkeypatch):
     made, reason = derivatives(loss, True, *drawn(), "unroll")
     assert isinstance(made, Compiled) == (by == 1.0) and (reason is None) == (by == 1.0)
     assert not products
+
+
+FROZEN = build(NetSpec("convnet", width=4, depth=2), SHAPE, K, torch.Generator().manual_seed(1))
+FROZEN = FROZEN.requires_grad_(False)
+
+
+def statistics(net, x):
+    """Two rows for each image."""
+    found = net.features(x, lambda level, f: f.square().sum(1).flatten(1))
+    return [found.taps[0], found.embedding]
+
+
+def traced(monkeypatch):
+    """A compiler that traces, and runs what it traced as it is; the list grows with each of its graphs."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return graphs
+
+
+def test_traced_statistics_are_the_same_for_any_number_of_images_and_any_weights(unchecked, monkeypatch):
+    graphs = traced(monkeypatch)
+    made, reason = compiled_statistics(statistics, FROZEN, randn(4, *SHAPE), "fp32", 4)
+    assert reason is None and made is not statistics
+    tried = len(graphs)
+    for count in (7, 2):
+        for parameter in FROZEN.parameters():
+            parameter.mul_(1.1)
+        x = randn(count, *SHAPE, seed=count).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for a, b in zip(made(FROZEN, x), statistics(FROZEN, x), strict=True):
+                torch.testing.assert_close(a, b)
+        live = [x.clone().requires_grad_() for _ in range(2)]
+        totals = [
+            sum(s.sin().sum() for s in f(FROZEN, y)) for f, y in zip((made, statistics), live, strict=True)
+        ]
+        ours, theirs = (torch.autograd.grad(t, y)[0] for t, y in zip(totals, live, strict=True))
+        assert gap(ours, theirs) < 1e-4
+    assert len(graphs) == tried  # none for pieces of 3 and 2 images, which were not tried
+
+
+def test_no_more_images_than_told_are_given_to_compiled_statistics_at_once(monkeypatch):
+    sizes = []
+
+    def compile(function):
+        def kernel(net, x):
+            sizes.append(len(x))
+            return function(net, x)
+
+        return kernel
+
+    monkeypatch.setattr(torch, "compile", compile)
+    made, _ = compiled_statistics(statistics, FROZEN, randn(3, *SHAPE), "fp32", 3)
+    sizes.clear()
+    x = randn(8, *SHAPE)
+    for a, b in zip(made(FROZEN, x), statistics(FROZEN, x), strict=True):
+        torch.testing.assert_close(a, b)
+    assert sizes == [3, 3, 2]
+    together, _ = compiled_statistics(statistics, FROZEN, randn(3, *SHAPE), "fp32", None)
+    sizes.clear()
+    together(FROZEN, x)
+    assert sizes == [8]
+
+
+def test_statistics_that_cannot_be_compiled_come_back_with_the_reason(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no compiler\n  was found")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    made, reason = compiled_statistics(statistics, FROZEN, randn(3, *SHAPE), "fp32")
+    assert made is statistics and reason == "not compiled, which is slower: no compiler was found"
+
+
+@pytest.mark.parametrize("by", [1.03, -1.0, float("nan")])
+@pytest.mark.parametrize("part", ["value", "gradient"])
+def test_wrong_compiled_statistics_are_refused(part, by, monkeypatch):
+    def compile(function):
+        def kernel(net, x):
+            rows = function(net, x)
+            last = (
+                rows[-1] * by if part == "value" else rows[-1].detach() + by * (rows[-1] - rows[-1].detach())
+            )
+            return [rows[0], last]
+
+        return kernel
+
+    monkeypatch.setattr(torch, "compile", compile)
+    made, reason = compiled_statistics(statistics, FROZEN, randn(3, *SHAPE), "fp32")
+    assert made is statistics and "compiled statistics are off by " in reason
