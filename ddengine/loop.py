@@ -26,6 +26,7 @@ from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
+PATIENCE = 20  # steps in a row that a matcher leaves out before a run ends
 
 
 @dataclass(frozen=True)
@@ -228,10 +229,10 @@ def _advance(
                     claimed()
                 due, logged = run.due(state.step, saved_at)
                 if logged:
-                    _log(state.step, metrics, run, progress)
+                    _log(state, metrics, run, progress)
                 stopped = 0 if state.step == run.steps else ranks.largest(stop[0] if stop else 0)
                 if stopped and not logged:
-                    _log(state.step, metrics, run, progress)
+                    _log(state, metrics, run, progress)
                 if due or stopped:
                     run.save(state)
                     saved_at = time.monotonic()
@@ -252,19 +253,35 @@ def _stopped(number: int, step: int, run: _Run) -> Interrupted:
     return Interrupted(f"stopped by {name} at step {step} of {run.steps}{where}", remedy)
 
 
-def _log(step: int, metrics: Metrics, run: _Run, progress: Progress | None) -> None:
+def _log(state: Any, metrics: Metrics, run: _Run, progress: Progress | None) -> None:
+    """Write the metrics of the state's last step and show them (DDError where the run cannot go on).
+
+    A matcher that leaves steps out says how many up to now ("in_row"): what is not finite in those is no
+    metric, and PATIENCE of them, or more than one at the end, end the run.
+    """
     values = {key: float(value) for key, value in metrics.items()}
-    if not all(math.isfinite(value) for value in values.values()):
-        bad = next(key for key, value in values.items() if not math.isfinite(value))
+    in_row = int(values.pop("in_row", 0))
+    bad = next((key for key, value in values.items() if not math.isfinite(value)), None)
+    if bad is not None and not in_row:
         raise DDError(
-            f"{bad} is {values[bad]} at step {step}: the run diverged",
+            f"{bad} is {values[bad]} at step {state.step}: the run diverged",
             "Lower matcher.lr; the last good state stays in checkpoints/",
         )
+    last = state.step == run.steps
+    if in_row >= min(PATIENCE, run.steps) or (last and in_row > 1):
+        if not last:
+            run.save(state)
+        raise DDError(
+            f"the last {in_row} of {state.step} steps were skipped: their loss or gradient was not finite",
+            "Lower matcher.lr and look for values of the data that are out of range; the last good state "
+            "stays in checkpoints/",
+        )
+    values = {key: value for key, value in values.items() if math.isfinite(value)}
     if run.folder is not None:
         seconds = round(time.monotonic() - run.began, 3)
-        files.append_json_line(run.folder / "metrics.jsonl", {"step": step, "seconds": seconds, **values})
+        files.append_json_line(run.folder / "metrics.jsonl", {"step": state.step, "seconds": seconds, **values})
     if progress is not None:
-        progress(step, run.steps, values)
+        progress(state.step, run.steps, values)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ noise with the optimised ones' deviations ("noise"), one recovered image for eac
 et al., NeurIPS 2023, from real starts), crops that teachers know best ("crops": RDED, Sun et al., CVPR 2024).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,10 +60,16 @@ WORTH = 100_000  # images through teachers, about two minutes, from which on pro
 
 @dataclass(frozen=True)
 class CompensatorState:
-    """Recovery on its way: a job for each teacher and group, teacher by teacher; none without steps."""
+    """Recovery on its way: a job for each teacher and group, teacher by teacher; none without steps.
+
+    `skipped` counts steps in which a job stayed as it was for want of a finite gradient, `in_row` those since
+    the last without.
+    """
 
     step: int
     jobs: tuple[Recovering, ...]
+    skipped: int = 0
+    in_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,10 @@ class CompensatorMatching:
         metrics = {"ce": _mean(entropies), "bn": _mean(statistics)}
         o = self.options
         metrics["loss"] = o.ce_weight * metrics["ce"] + o.r_bn * metrics["bn"]
-        return CompensatorState(state.step + 1, tuple(moved)), metrics
+        bad = not math.isfinite(metrics["loss"])
+        skipped, in_row = state.skipped + bad, (state.in_row + 1) * bad
+        metrics |= {"skipped": skipped, "in_row": in_row}
+        return CompensatorState(state.step + 1, tuple(moved), skipped, in_row), metrics
 
     def finish(self, state: CompensatorState, work: Workspace, rng: Rng) -> SynthSet:
         """The factors as they will be stored, and the labels of what these decode to."""

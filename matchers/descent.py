@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddengine.errors import UsageError, require, require_positive
@@ -76,13 +76,17 @@ class DescentOptions(Protocol):
 class PixelState:
     """A synthetic set on its way: steps done, the set, and the velocity of each of its free tensors.
 
-    `compiled` says how the steps so far were computed.
+    `compiled` says how the steps so far were computed, `skipped` how many of them were left out because the
+    loss or what it led to was not finite, `in_row` those since the last that counted; on the device, so that
+    no step waits to know.
     """
 
     step: int
     synth: SynthSet
     velocity: dict[str, Tensor]
     compiled: bool | None = None
+    skipped: Int[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
+    in_row: Int[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
 
 
 def check_options(o: Any) -> None:
@@ -113,7 +117,9 @@ def start(task: Task, rng: Rng, o: DescentOptions) -> PixelState:
     count = per_class(task, o.synth, o.codec)
     images = start_images(o.start, task.images, count, rng.fold("start")).to(task.device)
     synth = form(task, images, o.synth, o.codec, rng)
-    return PixelState(0, synth, {key: torch.zeros_like(value) for key, value in synth.params().items()})
+    velocity = {key: torch.zeros_like(value) for key, value in synth.params().items()}
+    none = torch.zeros((), dtype=torch.int32, device=task.device)
+    return PixelState(0, synth, velocity, skipped=none, in_row=none)
 
 
 def accepted(o: DescentOptions) -> Accepts:
@@ -324,7 +330,10 @@ def _found(
 def step(
     state: PixelState, work: Workspace, rng: Rng, o: DescentOptions, steps: int, loss: Loss
 ) -> tuple[PixelState, Metrics]:
-    """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over drawn networks."""
+    """One momentum step, v <- momentum v + g and x <- x - lr v, on the mean gradient over drawn networks.
+
+    Where the loss or a moved value is not finite nothing moves, and the step counts as skipped.
+    """
     state = _as_before(state, work.extra["compiled"])
     first, parts = state.step * o.networks_per_step, []
     for stream in work.task.streams(rng):
@@ -333,12 +342,22 @@ def step(
         parts.append({**mean, "loss": torch.stack([value for _, value in runs]).mean()})
     found = work.reduce(parts)
     lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
-    velocity, moved = {}, {}
-    for key, value in state.synth.params().items():
+    values, velocity, moved = state.synth.params(), {}, {}
+    for key, value in values.items():
         velocity[key] = o.momentum * state.velocity[key] + found[key]
         moved[key] = (value - lr * o.synth.relative_rate(key) * velocity[key]).detach()
-    metrics = {"loss": found["loss"], "lr": lr}
-    return replace(state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity), metrics
+    fine = torch.stack([t.isfinite().all() for t in (found["loss"], *velocity.values(), *moved.values())]).all()
+    skipped = state.skipped + (~fine).to(state.skipped.dtype)
+    in_row = torch.where(fine, 0, state.in_row + 1).to(state.in_row.dtype)
+    state = replace(
+        state, step=state.step + 1, synth=state.synth.replace(_where(fine, moved, values)),
+        velocity=_where(fine, velocity, state.velocity), skipped=skipped, in_row=in_row,
+    )  # fmt: skip
+    return state, {"loss": found["loss"], "lr": lr, "skipped": skipped, "in_row": in_row}
+
+
+def _where(fine: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: torch.where(fine, value, old[key].detach()) for key, value in new.items()}
 
 
 def _as_before(state: PixelState, compiled: bool) -> PixelState:

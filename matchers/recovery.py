@@ -102,7 +102,10 @@ def channels_of(net: nn.Module, spec: DataSpec, device: torch.device) -> int:
 
 
 def advance(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tuple[float, float]]:
-    """The jobs of a block one step later, and the mean of their cross-entropies and of their R."""
+    """The jobs of a block one step later, and the mean of their cross-entropies and of their R.
+
+    A job whose loss or gradient is not finite stays as it was; the means are then NaN.
+    """
     net, o = session.teachers[block.teacher], session.options
     free = [job.u.detach().requires_grad_() for job in block.jobs]
     picks = [_pick(session, block, place) for place in range(len(free))]
@@ -132,11 +135,17 @@ def advance(session: Session, block: Block) -> tuple[tuple[Recovering, ...], tup
     total = o.ce_weight * torch.stack(entropies).sum() + o.r_bn * torch.stack(statistics).sum()
     gradients = torch.autograd.grad(total, free)
     lr = o.lr * 0.5 * (1 + math.cos(math.pi * block.step / o.steps))
-    moved = (
+    moved = tuple(
         _adam(job, gradient, average, lr, block.step)
         for job, gradient, average in zip(block.jobs, gradients, jobs, strict=True)
     )
-    return tuple(moved), (_level(entropies), _level(statistics))
+    fine = [
+        (o.ce_weight * ce + o.r_bn * bn).isfinite() & _finite(new)
+        for ce, bn, new in zip(entropies, statistics, moved, strict=True)
+    ]
+    kept = tuple(_chosen(ok, new, job) for ok, new, job in zip(fine, moved, block.jobs, strict=True))
+    unknown = torch.where(torch.stack(fine).all(), 0.0, torch.nan)
+    return kept, (_level(entropies) + float(unknown), _level(statistics) + float(unknown))
 
 
 def send(block: Block) -> Block:
@@ -228,6 +237,16 @@ def _adam(job: Recovering, gradient: Tensor, average: Tensor, lr: float, step: i
     second = BETAS[1] * job.second + (1 - BETAS[1]) * gradient.square()
     size = (second / (1 - BETAS[1] ** (step + 1))).sqrt() + EPSILON
     return Recovering(job.u - lr * first / (1 - BETAS[0] ** (step + 1)) / size, first, second, average)
+
+
+def _finite(job: Recovering) -> Tensor:
+    return torch.stack([value.isfinite().all() for value in (job.u, job.first, job.second, job.average)]).all()
+
+
+def _chosen(fine: Tensor, new: Recovering, old: Recovering) -> Recovering:
+    """The new job where all of it is finite, else the old one; without a look at which it is."""
+    names = [field.name for field in fields(Recovering)]
+    return Recovering(*(torch.where(fine, getattr(new, name), getattr(old, name)) for name in names))
 
 
 def _level(values: Sequence[Tensor]) -> float:

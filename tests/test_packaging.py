@@ -110,7 +110,7 @@ def test_metadata_names_extras_licence_python_and_the_command(wheel):
     assert metadata["Version"] == PROJECT["project"]["version"]
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra")) == {"test", "graph", "track", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["project"]["optional-dependencies"])
     core = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     needed = {re.match(r"[\w-]+", line)[0] for line in core}
     assert {"torch", "torchvision", "kornia", "higher", "numpy", "scipy", "hydra-core"} <= needed

@@ -1,6 +1,7 @@
 """A run in its folder: to the end, stopped and resumed, refused, diverged, damaged."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from ddengine.data import load
 from ddengine.errors import DDError, Interrupted, UsageError
 from ddengine.loop import Schedule, as_device, distill
 from ddengine.nets import NetSpec, resolve
+from ddengine.rng import Rng
 from ddengine.types import Budget, Task
 from synth import DistilledSet
 
@@ -260,25 +262,53 @@ def test_more_images_than_the_smallest_class_has_are_refused(task, matcher, tmp_
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("log_steps", [1, 10])
-def test_a_diverged_loss_names_its_step_and_leaves_nothing_half_written(task, matcher, tmp_path, log_steps):
+@pytest.mark.parametrize("log_steps", [1, 1000])
+def test_a_run_that_diverges_ends_with_the_reason_and_without_a_set(task, matcher, tmp_path, log_steps):
     wild = replace(matcher, options=replace(matcher.options, lr=1e30), network=replace(NET, norm="none"))
-    schedule = Schedule(checkpoint_steps=1, log_steps=log_steps)
     with pytest.raises(
-        DDError, match=r"loss is (nan|inf) at step 2: the run diverged\nLower matcher.lr"
+        DDError, match=f"the last {STEPS - 1} of {STEPS} steps were skipped.*\nLower matcher.lr"
     ) as caught:
-        distill(task, wild, out=tmp_path / "run", schedule=schedule)
+        distill(task, wild, out=tmp_path / "run", schedule=Schedule(checkpoint_steps=7, log_steps=log_steps))
     assert caught.value.code == 1
-    assert [record["step"] for record in log(tmp_path / "run")] == [1]
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [14, 7]
     assert not (tmp_path / "run" / "distilled").exists()
 
 
-def test_divergence_is_found_at_the_last_step_at_the_latest(task, matcher, tmp_path):
-    wild = replace(matcher, options=replace(matcher.options, lr=1e30), network=replace(NET, norm="none"))
-    with pytest.raises(DDError, match=f"loss is (nan|inf) at step {STEPS}: the run diverged"):
-        distill(task, wild, out=tmp_path / "run", schedule=Schedule(log_steps=1000))
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json"}
+def broken_at(monkeypatch, bad):
+    """Make the loss of attention matching, at the calls in `bad`, not finite."""
+    calls = iter(range(10**9))
+    real = matchers.attention.attention_matching_loss
+
+    def loss(*given, **named):
+        return real(*given, **named) * (math.nan if next(calls) in bad else 1.0)
+
+    monkeypatch.setattr(matchers.attention, "attention_matching_loss", loss)
+
+
+def test_steps_without_a_finite_loss_are_left_out_and_counted(task, matcher, tmp_path, monkeypatch):
+    broken_at(monkeypatch, {3, 4, 9})
+    result = distill(task, matcher, seed=2, out=tmp_path / "run", schedule=EACH)
+    records = {record["step"]: record for record in log(tmp_path / "run")}
+    assert [records[step]["skipped"] for step in (3, 4, 5, 9, 10, 15)] == [0, 1, 2, 2, 3, 3]
+    assert [step for step in range(1, STEPS + 1) if "loss" not in records[step]] == [4, 5, 10]
+    assert all("in_row" not in record for record in records.values())
+    assert result.distilled.decode().x.isfinite().all()
+
+
+def test_too_many_steps_in_a_row_end_the_run_with_the_last_good_state(task, tmp_path, monkeypatch):
+    long = matchers.make("attention", NET, steps=60, real_per_class=3)
+    broken_at(monkeypatch, set(range(5, 100)))
+    with pytest.raises(DDError, match="the last 20 of 25 steps were skipped"):
+        distill(task, long, seed=2, out=tmp_path / "run", schedule=Schedule(log_steps=1))
+    monkeypatch.undo()
+    rng = Rng(2)
+    state, work = long.init(task, rng), long.prepare(task, rng)
+    for _ in range(5):
+        state, _ = long.step(state, work, rng)
+    kept, _ = checkpoint.load(tmp_path / "run" / "checkpoints", 25, state)
+    assert torch.equal(kept.synth.images, state.synth.images)
+    assert torch.equal(kept.velocity["images"], state.velocity["images"])
+    assert int(kept.skipped) == int(kept.in_row) == 20
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])

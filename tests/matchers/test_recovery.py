@@ -62,6 +62,17 @@ def shifts(made, teacher, group):
     return [tuple(int(v * (made.options.jitter + 1)) for v in row[5:]) for row in drawn.tolist()]
 
 
+def test_a_job_without_a_finite_gradient_stays_as_it_was_and_the_others_go_on(digits, nets):
+    made = session(digits, nets)
+    jobs, _ = run(made, 0, [0, 1], steps=2)
+    alone, _ = advance(made, Block(2, 0, (1,), jobs[1:]))
+    wild = replace(jobs[0], u=torch.full_like(jobs[0].u, 1e38))
+    (kept, moved), levels = advance(made, Block(2, 0, (0, 1), (wild, jobs[1])))
+    assert all(math.isnan(level) for level in levels)
+    assert torch.equal(kept.u, wild.u) and torch.equal(kept.first, wild.first)
+    torch.testing.assert_close(moved.u, alone[0].u, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("teacher", [0, 1])
 def test_it_is_the_loop_written_out(digits, nets, teacher):
     made = session(digits, nets)
