@@ -147,11 +147,7 @@ def _is_stored(group: str, name: str) -> bool:
 
 def _schema(name: str) -> Any:
     """A mutable twin of a matcher's options (OmegaConf makes frozen dataclasses read-only), and its name."""
-    try:
-        options = matchers.find(name).options
-    except Exception as error:
-        cause = f"the plug-in matcher '{name}' does not load: {error}"
-        raise UsageError(cause, "Repair or remove the package that provides it") from error
+    options = matchers.find(name).options
     return _twin(type(options), [("name", str, field(default=name))])
 
 

@@ -148,16 +148,17 @@ def _run(
         _share(session)
     with (
         signals(lambda: session.stop.fill_(1)) as caught,
-        _reported(session.done, total, progress),
         job_pool(run_expert, session, workers, ordered=False) as results,
     ):
-        for number, entry in results(jobs):
-            if isinstance(entry, DDError):
-                failed = failed or entry
-            elif entry is not None:
-                manifest = commit(session.root, manifest, number, entry, plan.to_dict())
-                partial_path(session.root, number).unlink(missing_ok=True)
-                left -= 1
+        found = results(jobs)  # before the thread that reports: processes may then start as copies
+        with _reported(session.done, total, progress):
+            for number, entry in found:
+                if isinstance(entry, DDError):
+                    failed = failed or entry
+                elif entry is not None:
+                    manifest = commit(session.root, manifest, number, entry, plan.to_dict())
+                    partial_path(session.root, number).unlink(missing_ok=True)
+                    left -= 1
     if failed is not None:
         raise failed
     if left:

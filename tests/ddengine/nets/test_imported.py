@@ -310,19 +310,21 @@ def test_a_worker_process_imports_it_from_where_this_process_did(tmp_path, monke
 
 
 def test_only_what_was_given_is_imported(folder):
-    (folder / "hostile.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Net: pass")
+    (folder / "evil_nets.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Net: pass")
     for call in (
-        lambda: find_network("hostile:Net"),
-        lambda: resolve(NetSpec("hostile:Net"), SHAPE),
-        lambda: build(NetSpec("hostile:Net"), SHAPE, CLASSES, generator()),
-        lambda: has_batch_norm(pickle.loads(pickle.dumps(NetSpec("hostile:Net")))),
+        lambda: find_network("evil_nets:Net"),
+        lambda: resolve(NetSpec("evil_nets:Net"), SHAPE),
+        lambda: build(NetSpec("evil_nets:Net"), SHAPE, CLASSES, generator()),
+        lambda: has_batch_norm(pickle.loads(pickle.dumps(NetSpec("evil_nets:Net")))),
     ):
-        with pytest.raises(UsageError, match="'hostile:Net' .*\nGive network=hostile:Net yourself") as raised:
+        with pytest.raises(
+            UsageError, match="'evil_nets:Net' .*\nGive network=evil_nets:Net yourself"
+        ) as raised:
             call()
         assert "\n" not in raised.value.cause
     with pytest.raises(UsageError, match="'os:abort'"):
         find_network("os:abort")
-    assert not (folder / "ran").exists() and "hostile" not in sys.modules
+    assert not (folder / "ran").exists() and "evil_nets" not in sys.modules
 
 
 @pytest.mark.parametrize(
