@@ -52,13 +52,15 @@ REAL, IPC, SIDE, REUSE = 128, 10, 32, 5
 KINDS = ("engine", "bank", "plain", "released")
 
 
-def task(classes: int) -> Task:
+def task(classes: int, device: str = "cpu", precision: str = "fp32") -> Task:
     """Noise in the shape of CIFAR: speed and memory do not depend on what the pixels show."""
     count = classes * (REAL + 8)
     x = torch.randint(0, 256, (count, 3, SIDE, SIDE), generator=Rng(0).torch("x"), dtype=torch.uint8)
     names = tuple(f"{c:03d}" for c in range(classes))
     spec = DataSpec("noise", (3, SIDE, SIDE), names, (0.5,) * 3, (0.25,) * 3)
-    return Task(Images(x, torch.arange(classes).repeat_interleave(REAL + 8), spec), Budget(ipc=IPC))
+    y = torch.arange(classes).repeat_interleave(REAL + 8)
+    where = torch.device(device)
+    return Task(Images(x, y, spec), Budget(ipc=IPC), device=where, precision=precision)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def plain(work: Task, plan: Plan, together: bool, draws: str = "step") -> Versio
     """The papers' scripts, from the engine's start and with its draws; `together`: all classes at once."""
     spec, start = work.images.spec, plan.matcher().init(work, Rng(plan.seed)).synth
     k = len(spec.classes)
+    source, where = work.images.to(work.device), work.device
     syn = start.images.clone().requires_grad_()
     optimiser = torch.optim.SGD([syn], lr=plan.lr, momentum=plan.momentum)
     groups = [list(range(k))] if together else [[c] for c in range(k)]
@@ -114,13 +117,13 @@ def plain(work: Task, plan: Plan, together: bool, draws: str = "step") -> Versio
     def step(number: int) -> Tensor:
         here = Rng(plan.seed).fold(draws, number, *([0] if draws == "step" else []))
         net = build(NetSpec("convnet", width=plan.width), spec.shape, k, here.torch("weights"))
-        net.requires_grad_(False)
+        net.requires_grad_(False).to(where)
         params = dsa.sample(here.torch("augment"), dsa.strategy_for(spec.name), k, spec.shape[1:])
         picks = work.images.draw(here.torch("real"), range(k), REAL)
-        total = torch.zeros(())
+        total = torch.zeros((), device=where)
         for group in groups:
             rows = [params[torch.tensor([c])] for c in group]
-            real = [work.images.model_input(picks[c]) for c in group]
+            real = [source.model_input(picks[c].to(where)) for c in group]
             fake = [syn[c * IPC : (c + 1) * IPC] for c in group]
             sides = [torch.cat([dsa.apply(x, r) for x, r in zip(s, rows, strict=True)]) for s in (real, fake)]
             total = total + apart(*(hooked(net, x) for x in sides), len(group))
@@ -136,7 +139,7 @@ def plain(work: Task, plan: Plan, together: bool, draws: str = "step") -> Versio
 
 def apart(real: list[Tensor], fake: list[Tensor], classes: int) -> Tensor:
     """100 times the attention term and the embedding's, which the engine weights by 2048 / d."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=real[0].device)
     for level, pair in enumerate(zip(real, fake, strict=True)):
         last = level == len(real) - 1
         rows = [F.avg_pool2d(f, 2).flatten(1) if last else attention(f) for f in pair]

@@ -59,7 +59,9 @@ def subject(dataset: Dataset) -> DistilledSet:
     return DistilledSet.make(pixels, recipe={}, provenance=provenance)
 
 
-def judge(dataset: Dataset, given: DistilledSet, net: NetSpec, steps: int, networks: int) -> list[float]:
+def judge(
+    dataset: Dataset, given: DistilledSet, net: NetSpec, steps: int, networks: int, device: str = "cpu"
+) -> list[float]:
     """Test accuracies of `networks` by the judge."""
     recipe = {
         "steps": steps,
@@ -70,27 +72,42 @@ def judge(dataset: Dataset, given: DistilledSet, net: NetSpec, steps: int, netwo
         "augment": dsa.strategy_for(dataset.fit.spec.name),
     }
     protocol = Protocol("one rate", 1, "this benchmark", recipe, rates="fixed")
-    workers = min(os.cpu_count() or 1, networks)
+    workers = min(os.cpu_count() or 1, networks) if device == "cpu" else 1
     table = evaluate(
-        given, dataset, networks=[net], protocol=protocol, seeds=networks, rows=(), workers=workers
+        given,
+        dataset,
+        networks=[net],
+        protocol=protocol,
+        seeds=networks,
+        rows=(),
+        workers=workers,
+        device=device,
     )
     return list(table.rows[0].values)
 
 
-def plain(dataset: Dataset, given: DistilledSet, net: NetSpec, steps: int, networks: int) -> list[float]:
+def plain(
+    dataset: Dataset, given: DistilledSet, net: NetSpec, steps: int, networks: int, device: str = "cpu"
+) -> list[float]:
     """Test accuracies of `networks` by the plain version."""
     images, test = given.decode(), dataset.test
     train_set = TensorDataset(images.x, images.y)
     test_set = TensorDataset(test.model_input(), test.y)
-    return [plain_network(train_set, test_set, dataset, net, steps, Rng(i)) for i in range(networks)]
+    return [plain_network(train_set, test_set, dataset, net, steps, Rng(i), device) for i in range(networks)]
 
 
 def plain_network(
-    train_set: TensorDataset, test_set: TensorDataset, dataset: Dataset, net: NetSpec, steps: int, rng: Rng
+    train_set: TensorDataset,
+    test_set: TensorDataset,
+    dataset: Dataset,
+    net: NetSpec,
+    steps: int,
+    rng: Rng,
+    device: str,
 ) -> float:
     """Test accuracy of one network after `steps` steps."""
     spec = dataset.fit.spec
-    model = build(net, spec.shape, len(spec.classes), rng.torch("weights")).train()
+    model = build(net, spec.shape, len(spec.classes), rng.torch("weights")).to(device).train()
     optimiser = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     batches = DataLoader(train_set, BATCH, shuffle=True, generator=rng.torch("shuffle"))
@@ -99,7 +116,7 @@ def plain_network(
     while done < steps:
         for x, y in batches:
             op = names[int(torch.randint(len(names), (), generator=numbers))]
-            loss = F.cross_entropy(model(AUGMENT[op](x, numbers)), y)
+            loss = F.cross_entropy(model(AUGMENT[op](x, numbers).to(device)), y.to(device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -113,9 +130,9 @@ def plain_network(
 @torch.no_grad()
 def plain_accuracy(model: torch.nn.Module, batches: DataLoader) -> float:
     """The fraction of images that are classified correctly."""
-    right = total = 0
+    right, total, place = 0, 0, next(model.parameters()).device
     for x, y in batches:
-        right += (model(x).argmax(1) == y).sum().item()
+        right += (model(x.to(place)).argmax(1).cpu() == y).sum().item()
         total += len(y)
     return right / total
 

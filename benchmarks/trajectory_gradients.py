@@ -46,12 +46,12 @@ COMPILED = ("adjoint", "unroll")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def student(width: int) -> tuple[Loss, Tensor]:
+def student(width: int, device: str = "cpu") -> tuple[Loss, Tensor]:
     """Cross-entropy of a ConvNet-3 on flat parameters, and its initial ones."""
     net = build(NetSpec("convnet", width=width), SHAPE, CLASSES, Rng(0).torch("weights")).requires_grad_(
         False
     )
-    layout = ParamSpec.of(net)
+    layout = ParamSpec.of(net.to(device))
 
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(net, layout.unflatten(theta), (x,)), y)

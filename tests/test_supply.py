@@ -27,6 +27,8 @@ LAZY = {
     "torch-geometric",
     "tensorboard",
     "submitit",
+    "mlflow-skinny",
+    "wandb",
 }  # of the extras that packages import only where they are asked for
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "hydra": "hydra-core"}
 
