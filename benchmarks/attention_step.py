@@ -47,7 +47,7 @@ from matchers import descent
 from matchers.target_bank import BLOCK
 from synth import DistilledSet
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 REAL, IPC, SIDE, REUSE = 128, 10, 32, 5
 KINDS = ("engine", "bank", "plain", "released")
 

@@ -34,7 +34,7 @@ from ddengine.types import DataSpec
 from expert_buffers import ExpertBuffer
 from expert_buffers.store import ENCODINGS, Recording, commit, header, open_for_writing, save_expert
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 SPEC = DataSpec("noise", (3, 32, 32), tuple("0123456789"), (0.5,) * 3, (0.25,) * 3, fingerprint="0" * 64)
 STRIDE = (
     0.015  # of a walk's step to the weights' norm: |target - start| / |theta| of a real expert, two epochs

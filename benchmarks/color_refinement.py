@@ -36,7 +36,7 @@ from ddengine.files import write_json
 from ddengine.ops.refinement import Coloring, color_refinement
 from ddengine.rng import Rng
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 GRAPHS, NODES = 2_000, 860_000  # REDDIT-BINARY has 2,000 graphs with 859,254 nodes
 EXTRA = 0.16  # edges for each node beside those of a tree: it has 497.75 edges on 429.63 nodes
 

@@ -35,7 +35,7 @@ from ddengine.nets.graph import GraphNetworks, build_graph_networks
 from ddengine.ops.dag import Trees, node_trees, trees_of
 from ddengine.rng import Rng
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 LR = 5e-3
 
 Sums = Callable[[Tensor], Tensor]

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "estimate.json"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
+RESULT = RESULTS / "estimate.json"
 SMALL = ["network=convnet", "network.width=16"]
 CASES: dict[str, dict[str, list[str]]] = {
     "digits": {

@@ -24,7 +24,8 @@ from ddengine.data import load
 from ddengine.nets import NetSpec
 from expert_buffers import record
 
-RESULT = Path(__file__).parent / "results" / "expert_recording.json"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
+RESULT = RESULTS / "expert_recording.json"
 EXPERTS, EPOCHS, IMAGES = 4, 2, 10_000
 WAYS = {"one thread": (1, 1), "two threads": (1, 2), "two processes": (2, 1)}  # workers, threads of each
 

@@ -21,7 +21,8 @@ from typing import Any
 
 EACH, SIDE, CHUNK = 100, 32, 256
 PER_CLASS, STEPS = 16, 5
-RESULT = Path(__file__).parent / "results" / "image_tree.json"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
+RESULT = RESULTS / "image_tree.json"
 
 
 def write_tree(root: Path, classes: int) -> float:

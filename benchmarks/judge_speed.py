@@ -44,7 +44,7 @@ from ddengine.tables import spread
 from synth import DistilledSet, Pixels
 from synth.starts import random
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 NETWORKS = {"digits": NetSpec("convnet", width=32, depth=2)}  # others: ConvNet of width 32, its own depth
 IPC, RATE, MOMENTUM, DECAY, BATCH = 10, 0.01, 0.9, 5e-4, 256
 WARM_STEPS = 3

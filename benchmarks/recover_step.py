@@ -11,6 +11,7 @@ the way. FILE is an npz of 32-pixel images; without it they are noise, and the l
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -33,7 +34,7 @@ from matchers.recovery import Block, Recovering, RecoverOptions, Session, advanc
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "reference"))
 from naive_recovery import recover_one
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 NETWORKS = (
     NetSpec("convnet", width=32, norm="batch"),
     NetSpec("resnet18", width=8),

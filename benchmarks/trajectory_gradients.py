@@ -39,7 +39,7 @@ from ddengine.ops.unroll import GRADIENTS, Gradients, Inner, Loss, Point
 from ddengine.rng import Rng
 from expert_buffers import ParamSpec
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 SHAPE, CLASSES, IMAGES, RATE = (3, 32, 32), 10, 10, 0.01
 METHODS = ("adjoint", "unroll", "tesla")
 COMPILED = ("adjoint", "unroll")
