@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trajectory_gradients import forget_peak, resident_peak
 
 import matchers
 from ddengine.data import load
@@ -175,7 +175,8 @@ def case(kind: str, classes: int, width: int, repeat: int) -> dict[str, Any]:
     """
     step, _ = version(kind, task(classes), Plan(width))
     uses = REUSE if kind == "bank" else 1
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    forget_peak()
+    before = resident_peak()
     step(0)
     seconds = []
     for number in range(1, repeat + 1):
@@ -183,7 +184,7 @@ def case(kind: str, classes: int, width: int, repeat: int) -> dict[str, Any]:
         for use in range(uses):
             step(number + use * BLOCK)
         seconds.append((time.process_time() - began) / uses)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident_peak()
     return {"kind": kind, "classes": classes, "seconds": seconds, "step_bytes": peak - before}
 
 

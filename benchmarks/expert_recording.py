@@ -26,7 +26,7 @@ from expert_buffers import record
 
 RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))
 RESULT = RESULTS / "expert_recording.json"
-EXPERTS, EPOCHS, IMAGES = 4, 2, 10_000
+EXPERTS, EPOCHS, IMAGES = 4, 2, 4_000
 WAYS = {"one thread": (1, 1), "two threads": (1, 2), "two processes": (2, 1)}  # workers, threads of each
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MappingNode, SafeLoader, YAMLError, compose
 
 from ddengine.archives import plain_yaml
 from ddengine.artefacts import expert_values
@@ -38,13 +38,15 @@ def distill_command(path: Path) -> str | None:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found = OmegaConf.to_container(OmegaConf.create(plain_yaml(path)))
+        text = plain_yaml(path)
+        table = isinstance(compose(text, Loader=SafeLoader), MappingNode)  # OmegaConf fails on a number
+        found: Any = OmegaConf.to_container(OmegaConf.create(text)) if table else None
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged: not YAML", "Restore it from a copy") from error
     groups = [found.get(group) for group in CHOSEN] if isinstance(found, dict) else [None]
     if not all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups):
         raise ArtefactError(f"{path} is damaged: not the keys of distill", "Restore it from a copy")
-    return found  # type: ignore[return-value]
+    return dict(found)
 
 
 def _defaults(choices: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
-from ddengine import catalog, data, files, judge
+from ddengine import catalog, data, judge, tracking
 from ddengine.artefacts import artefact, holds_graphs, named, run_of
 from ddengine.config import EvaluateConfig, EvaluateGraphsConfig, RecipeConfig
 from ddengine.data import Dataset, GraphDataset
@@ -19,6 +19,7 @@ from ddengine.evaluating_graphs import evaluate_graphs, run_evaluate_graphs
 from ddengine.given import Watch, device_of, load_named, precision_of, tuples
 from ddengine.graph_train import GraphRecipe
 from ddengine.kept import Kept, kept_folder
+from ddengine.locks import results_log
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import workers_of
@@ -50,6 +51,7 @@ def evaluate(
     precision: str = "auto",
     watch: Watch = Watch(),
     out: Path | None = None,
+    command: str = "",
     **load: Any,
 ) -> Table:
     """Judge a distilled set by a protocol; dataset, networks, recipe default to what its manifest names.
@@ -59,7 +61,8 @@ def evaluate(
     `robust` and `severity` see `judge.evaluate`; rows that depend on data and recipe alone are kept in the
     folder `kept` for the next set. The last checkpoints of `experts` are the teachers that label, else those
     stored in the set. With `out`, or for the set of a run, each trained network is one line of
-    `results.jsonl` there, and the newest table is `table.json`. Raises UsageError.
+    `results.jsonl` there, and the newest table is `table.json`, with the `command` that was typed. Raises
+    UsageError, also where another process writes there.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
     check_kind(distilled, dataset, recipe)
@@ -69,7 +72,7 @@ def evaluate(
         require(device, ("auto", "cpu"), "device for graph networks")
         require(precision, ("auto", "fp32"), "precision for graph networks")
         given: dict[str, Any] = {"dataset": dataset, "recipe": recipe, "networks": networks, "seeds": seeds}
-        given |= {"seed": seed, "workers": workers, "watch": watch, "out": out, **load}
+        given |= {"seed": seed, "workers": workers, "watch": watch, "out": out, "command": command, **load}
         if robust:
             raise UsageError("robust is for images, the set holds graphs", "Leave robust out")
         named_so = protocol if isinstance(protocol, str) else protocol.name
@@ -86,30 +89,30 @@ def evaluate(
     teachers = teachers_of(experts, distilled, watch)
     where = device_of(device)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
-    if folder is not None:
-        files.make_folder(folder)
     bar = watch.bar("evaluating")
-    table = judge.evaluate(
-        distilled,
-        dataset,
-        networks=specs,
-        protocol=rules,
-        seeds=seeds,
-        seed=seed,
-        rows=rows,
-        recipe=recipe,
-        robust=robust,
-        severity=severity,
-        kept=None if kept is None else Kept(Path(kept).expanduser()),
-        teachers=teachers,
-        workers=workers,
-        device=str(where),
-        precision=precision_of(precision, where),
-        log=(lambda record: files.append_json_line(folder / "results.jsonl", record)) if folder else None,
-        on_progress=lambda done, total: bar(done, total, {}),
-    )
-    if folder is not None:
-        write_sealed(folder / "table.json", table.to_json())
+    with results_log(folder, watch.notice) as log:
+        table = judge.evaluate(
+            distilled,
+            dataset,
+            networks=specs,
+            protocol=rules,
+            seeds=seeds,
+            seed=seed,
+            rows=rows,
+            recipe=recipe,
+            robust=robust,
+            severity=severity,
+            kept=None if kept is None else Kept(Path(kept).expanduser()),
+            teachers=teachers,
+            workers=workers,
+            device=str(where),
+            precision=precision_of(precision, where),
+            log=log,
+            on_progress=lambda done, total: bar(done, total, {}),
+        )
+        table = replace(table, command=command)
+        if folder is not None:
+            write_sealed(folder / "table.json", table.to_json())
     return table
 
 
@@ -158,20 +161,24 @@ def run_evaluate(
 ) -> Table:
     """`ddengine evaluate PATH`: the set, the data that its manifest or the command names, the whole table.
 
-    The `command` as it was typed is kept in the table.
+    The `command` as it was typed is kept in the table; trackers get the mean of each row, as one more step.
     """
-    if isinstance(config, EvaluateGraphsConfig):
-        found = run_evaluate_graphs(path, config, watch)
-    else:
-        found = _run_images(path, config, watch)
-    table = replace(found, command=command)
+    names = tracking.chosen(config.track)
     folder = Path(config.out).expanduser() if config.out else run_of(path)
+    if names and folder is None:
+        raise UsageError("track needs a folder to keep its files in", "Give out=DIR")
+    if isinstance(config, EvaluateGraphsConfig):
+        table = run_evaluate_graphs(path, config, watch, command)
+    else:
+        table = _run_images(path, config, watch, command)
     if folder is not None:
-        write_sealed(folder / "table.json", table.to_json())
+        means = {f"{row['network']}/{row['name']}": row["mean"] for row in table.to_json()["rows"]}
+        with tracking.following(names, folder, tracking.settings(config), watch.notice) as tell:
+            tell(None, means)
     return table
 
 
-def _run_images(path: Path, config: EvaluateConfig, watch: Watch) -> Table:
+def _run_images(path: Path, config: EvaluateConfig, watch: Watch, command: str) -> Table:
     distilled = DistilledSet.load(artefact(path))
     rules = find_protocol(config.protocol)
     recipe = recipe_given(config.recipe, distilled.manifest, distilled.spec.name, rules)
@@ -195,6 +202,7 @@ def _run_images(path: Path, config: EvaluateConfig, watch: Watch) -> Table:
         precision=config.precision,
         watch=watch,
         out=Path(config.out).expanduser() if config.out else None,
+        command=command,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddengine import data, files, graph_judge, graph_paper
+from ddengine import data, graph_judge, graph_paper
 from ddengine.artefacts import artefact, holds_graphs, named, run_of
 from ddengine.config import EvaluateGraphsConfig
 from ddengine.data import GraphDataset
@@ -15,6 +15,7 @@ from ddengine.errors import UsageError
 from ddengine.given import Watch, load_named, tuples
 from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs
+from ddengine.locks import results_log
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dag import Trees, trees_of
 from ddengine.parallel import workers_of
@@ -38,6 +39,7 @@ def evaluate_graphs(
     workers: int = 1,
     watch: Watch = Watch(),
     out: Path | None = None,
+    command: str = "",
     **load: Any,
 ) -> Table:
     """Judge a distilled set of graphs, as `evaluate` does one of images (`graph_judge.evaluate_graphs`).
@@ -61,30 +63,30 @@ def evaluate_graphs(
         hops = decoded.dag.hops if isinstance(decoded, Trees) else None
         specs, recipe, seeds = graph_paper.as_published(specs, hops, dataset.spec.name, recipe, seeds)
     folder = out or (run_of(Path(path)) if not isinstance(path, DistilledSet) else None)
-    if folder is not None:
-        files.make_folder(folder)
     bar = watch.bar("evaluating")
     labeler = _graph_labels if distilled.manifest["y_kind"] == "prob" else None
-    table = graph_judge.evaluate_graphs(
-        distilled,
-        dataset,
-        networks=specs,
-        protocol=protocol,
-        seeds=seeds,
-        seed=seed,
-        rows=graph_judge.usual_rows(labeler is not None) if rows is None else rows,
-        recipe=recipe,
-        workers=workers,
-        labeler=labeler,
-        log=(lambda record: files.append_json_line(folder / "results.jsonl", record)) if folder else None,
-        on_progress=lambda done, total: bar(done, total, {}),
-    )
-    if folder is not None:
-        write_sealed(folder / "table.json", table.to_json())
+    with results_log(folder, watch.notice) as log:
+        table = graph_judge.evaluate_graphs(
+            distilled,
+            dataset,
+            networks=specs,
+            protocol=protocol,
+            seeds=seeds,
+            seed=seed,
+            rows=graph_judge.usual_rows(labeler is not None) if rows is None else rows,
+            recipe=recipe,
+            workers=workers,
+            labeler=labeler,
+            log=log,
+            on_progress=lambda done, total: bar(done, total, {}),
+        )
+        table = replace(table, command=command)
+        if folder is not None:
+            write_sealed(folder / "table.json", table.to_json())
     return table
 
 
-def run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch) -> Table:
+def run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch, command: str = "") -> Table:
     """`ddengine evaluate PATH` of a set of graphs."""
     recipe = GraphRecipe(**tuples(vars(config.recipe)))
     return evaluate_graphs(
@@ -99,6 +101,7 @@ def run_evaluate_graphs(path: Path, config: EvaluateGraphsConfig, watch: Watch) 
         workers=workers_of(config.workers),
         watch=watch,
         out=Path(config.out).expanduser() if config.out else None,
+        command=command,
     )
 
 

@@ -279,7 +279,9 @@ def _log(state: Any, metrics: Metrics, run: _Run, progress: Progress | None) -> 
     values = {key: value for key, value in values.items() if math.isfinite(value)}
     if run.folder is not None:
         seconds = round(time.monotonic() - run.began, 3)
-        files.append_json_line(run.folder / "metrics.jsonl", {"step": state.step, "seconds": seconds, **values})
+        files.append_json_line(
+            run.folder / "metrics.jsonl", {"step": state.step, "seconds": seconds, **values}
+        )
     if progress is not None:
         progress(state.step, run.steps, values)
 

@@ -53,6 +53,9 @@ CASES = {
     "teachers": Case(["buffer", *TEACHERS]),
     "attention": Case(_distil("attention", *NET, *STEPS, "matcher.real_per_class=2")),
     "distribution": Case(_distil("distribution", *NET, *STEPS, "matcher.real_per_class=2")),
+    "characteristic": Case(
+        _distil("characteristic", *NET, *STEPS, "matcher.real_per_class=2", "matcher.frequencies=8")
+    ),
     "trajectory": Case(
         _distil("trajectory", "experts={world}/buffer/experts", *STEPS, "matcher.inner.steps=2"), ("buffer",)
     ),

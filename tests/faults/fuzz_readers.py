@@ -2,16 +2,17 @@
 
 import json
 import pickle
-import shutil
 import struct
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -34,6 +35,7 @@ from synth.foreign import read_foreign
 from synth.schema import read_manifest
 
 IMAGES, LABELS = torch.linspace(0, 1, 10 * 105).reshape(10, *SHAPE), torch.arange(10) % 5
+TRAINING = {"x_train": torch.zeros(60, 5, 4, 3, dtype=torch.uint8), "y_train": torch.arange(60) % 5}
 
 
 @cache
@@ -47,28 +49,31 @@ def _of(kind: str) -> Path:
     return Path(_artefact(kind).name) / "artefact"
 
 
+@cache
+def _place(kind: str, reader: str) -> Path:
+    """An artefact of a kind for one reader, which writes the bytes of each input over a file of it."""
+    place = Path(_artefact(kind).name) / reader
+    KINDS[kind].make(place)
+    return place
+
+
 def _forged(path: Path) -> object:
     """The bytes as data.safetensors of a set whose manifest vouches for them."""
-    place = path.parent.parent / "forged"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(_of("pixels"), place)
+    place = _place("pixels", "set_data")
     forging.with_bytes(place, path.read_bytes())
     return verify(place)
 
 
 def _expert(path: Path) -> object:
-    place = path.parent.parent / "forged"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(_of("expert buffer"), place)
+    """The bytes as an expert of a buffer whose manifest vouches for them."""
+    place = _place("expert buffer", "expert")
     forging.with_bytes(place, path.read_bytes(), "expert_00000.safetensors")
     return ExpertBuffer(place).verify()
 
 
 def _state(path: Path) -> object:
     """The bytes as the manifest of a checkpoint."""
-    place = path.parent.parent / "forged"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(_of("checkpoint"), place)
+    place = _place("checkpoint", "checkpoint")
     (place / f"step_{STEP:06d}" / "manifest.json").write_bytes(path.read_bytes())
     said = KINDS["checkpoint"].read(place)
     if said.code:
@@ -78,9 +83,7 @@ def _state(path: Path) -> object:
 
 def _run_file(name: str, path: Path) -> object:
     """The bytes as a file of a run that a report shows."""
-    place = path.parent.parent / "forged"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(_of("run"), place)
+    place = _place("run", name)
     (place / name).write_bytes(path.read_bytes())
     return runs.read_run(place).shown()
 
@@ -119,10 +122,10 @@ def _replay_seeds(folder: Path) -> list[bytes]:
     return [forging.torch_file(folder / "replay_buffer_0.pt", [rows]).read_bytes()]
 
 
-def _npz_seeds(names: tuple[str, str], folder: Path) -> list[bytes]:
-    arrays = dict(zip(names, (IMAGES.numpy(), LABELS.numpy()), strict=True))
-    np.savez(folder / "a.npz", **arrays)
-    np.savez_compressed(folder / "b.npz", **{**arrays, "student_lr": np.array(0.1)})
+def _npz_seeds(arrays: Mapping[str, Tensor], folder: Path) -> list[bytes]:
+    plain = {name: array.numpy() for name, array in arrays.items()}
+    np.savez(folder / "a.npz", **plain)
+    np.savez_compressed(folder / "b.npz", **plain, student_lr=np.array(0.1))
     return [(folder / name).read_bytes() for name in ("a.npz", "b.npz")]
 
 
@@ -133,18 +136,21 @@ def _batch_seeds(folder: Path) -> list[bytes]:
     ]
 
 
+@cache
+def _class_folders() -> TemporaryDirectory[str]:
+    folder = TemporaryDirectory(prefix="fuzz-")
+    (Path(folder.name) / "ant").mkdir()
+    return folder
+
+
 def _picture(path: Path) -> object:
     """The bytes as the only picture of a set in class folders."""
-    place = path.parent.parent / "forged"
-    shutil.rmtree(place, ignore_errors=True)
-    (place / "ant").mkdir(parents=True)
-    shutil.copy(path, place / "ant" / "0.png")
+    place = Path(_class_folders().name)
+    (place / "ant" / "0.png").write_bytes(path.read_bytes())
     return read_foreign([place], "imagefolder", kinds.spec())
 
 
 def _picture_seeds(folder: Path) -> list[bytes]:
-    import zlib
-
     grey = forging.png(5, 7, zlib.compress(bytes(7 * 6)))
     huge = forging.png(2**31 - 1, 2**31 - 1, struct.pack(">I", 7))
     return [grey, huge]
@@ -154,7 +160,7 @@ def _config_seeds(folder: Path) -> list[bytes]:
     config = {
         group: {"name": name} for group, name in (("dataset", "digits"), ("matcher", "x"), ("network", "m:N"))
     }
-    return [json.dumps(config).encode(), b"dataset: {name: a}\nmatcher: &x {name: b}\nnetwork: *x\n"]
+    return [json.dumps(config).encode(), b"dataset: {name: a}\nmatcher: &x {name: b}\nnetwork: *x\n", b"7"]
 
 
 def _set_manifest(path: Path) -> object:
@@ -162,7 +168,10 @@ def _set_manifest(path: Path) -> object:
 
 
 def _buffer(path: Path) -> object:
-    return ExpertBuffer(path.parent)
+    """The bytes as the manifest of a buffer, beside its experts."""
+    place = _place("expert buffer", "buffer_manifest")
+    (place / "manifest.json").write_bytes(path.read_bytes())
+    return ExpertBuffer(place)
 
 
 def _dataset(path: Path) -> object:
@@ -178,7 +187,7 @@ READERS: dict[str, Reader] = {
     "set_manifest": _stored("manifest.json", _set_manifest, "pixels", "manifest.json"),
     "graph_manifest": _stored("manifest.json", _set_manifest, "graphs", "manifest.json"),
     "set_data": _stored("in/data", _forged, "pixels", "data.safetensors"),
-    "buffer_manifest": _stored("manifest.json", _buffer, "expert buffer", "manifest.json"),
+    "buffer_manifest": _stored("in/manifest", _buffer, "expert buffer", "manifest.json"),
     "expert": _stored("in/expert", _expert, "expert buffer", "expert_00000.safetensors"),
     "checkpoint": _stored("in/manifest", _state, "checkpoint", f"step_{STEP:06d}/manifest.json"),
     "table": _stored("in/table", partial(_run_file, "table.json"), "run", "table.json"),
@@ -187,8 +196,10 @@ READERS: dict[str, Reader] = {
     "config": Reader("config.yaml", commands.distill_command, ArtefactError, _config_seeds),
     "torch": Reader("set.pt", partial(_foreign, "torch"), DDError, _torch_seeds),
     "dm": Reader("res.pt", partial(_foreign, "dm"), DDError, _dm_seeds),
-    "npz": Reader("set.npz", partial(_foreign, "npz"), DDError, partial(_npz_seeds, ("x", "y"))),
-    "npz_dataset": Reader("data.npz", _dataset, DDError, partial(_npz_seeds, ("x_train", "y_train"))),
+    "npz": Reader(
+        "set.npz", partial(_foreign, "npz"), DDError, partial(_npz_seeds, {"x": IMAGES, "y": LABELS})
+    ),
+    "npz_dataset": Reader("data.npz", _dataset, DDError, partial(_npz_seeds, TRAINING)),
     "replay_buffer": Reader("replay_buffer_0.pt", _replay, ArtefactError, _replay_seeds),
     "batch": Reader("data_batch_1", read_plain_pickle, ValueError, _batch_seeds),
     "picture": Reader("in/0.png", _picture, DDError, _picture_seeds),

@@ -20,6 +20,8 @@ BUFFER = [
     "workers=1",
 ]
 DISTILL = ["distill", "dataset=digits", "matcher=random", "ipc=1"]
+QUICK = ["network=mlp", "network.width=3", "rows=[]", "seeds=1", "recipe.steps=1", "recipe.lrs=[0.1]",
+         "recipe.augment=none", "workers=1", "kept=none"]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [BUFFER, DISTILL], ids=["buffer", "distill"])
@@ -37,6 +39,20 @@ def test_a_second_command_on_one_folder_is_refused_and_changes_nothing(words, tm
     assert list(tmp_path.iterdir()) == []
     assert cli.main([*words, f"out={tmp_path}"]) == 0
     assert locks.LOCK not in [path.name for path in tmp_path.iterdir()]
+
+
+def test_an_evaluation_is_alone_in_its_folder_and_removes_what_a_killed_one_left(tmp_path, capsys):
+    assert cli.main([*DISTILL, f"out={tmp_path / 'run'}"]) == 0
+    judged = tmp_path / "judged"
+    words = ["evaluate", str(tmp_path / "run"), *QUICK, f"out={judged}"]
+    with locks.writing(judged):
+        assert cli.main(words) == 2
+    assert f"out={judged} is being written by process " in capsys.readouterr().err
+    assert list(judged.iterdir()) == []
+    assert cli.main(words) == 0
+    (judged / ".tmp-abcdefgh").write_bytes(b"half")
+    assert cli.main(words) == 0
+    assert sorted(path.name for path in judged.iterdir()) == ["results.jsonl", "table.json"]
 
 
 def test_a_folder_of_other_files_is_refused_and_left_as_it_was(tmp_path):
