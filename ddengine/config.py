@@ -112,7 +112,8 @@ def _groups(*names: str, row: bool = False) -> list[Any]:
 class DistillConfig:
     """`ddengine distill`; `workers` null means the cores, for matchers that have independent work.
 
-    `replicas` draw networks or segments of their own; the processes of torchrun share them.
+    `replicas` draw networks or segments of their own; the processes of torchrun share them. `track` names
+    trackers, one or a list (see `ddengine.tracking`).
     """
 
     defaults: list[Any] = field(default_factory=lambda: _groups("dataset", "matcher", "network", row=True))
@@ -130,6 +131,7 @@ class DistillConfig:
     synth: str | None = None
     replicas: int = 1
     workers: int | None = None
+    track: Any = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -155,6 +157,7 @@ class BufferConfig:
     device: str = "auto"
     precision: str = "auto"
     workers: int | None = None
+    track: Any = None
     checkpoint: SavingConfig = field(default_factory=SavingConfig)
 
 
@@ -286,6 +289,7 @@ class EvaluateConfig:
     precision: str = "auto"
     workers: int | None = None
     out: str | None = None
+    track: Any = None
 
 
 @dataclass
@@ -305,6 +309,7 @@ class EvaluateGraphsConfig:
     recipe: GraphRecipeConfig = field(default_factory=GraphRecipeConfig)
     workers: int | None = None
     out: str | None = None
+    track: Any = None
 
 
 @dataclass

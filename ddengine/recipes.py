@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 import matchers
-from ddengine import data, loop
+from ddengine import data, loop, tracking
 from ddengine.config import (
     BufferConfig,
     CheckpointConfig,
@@ -19,6 +19,7 @@ from ddengine.config import (
 from ddengine.data import Dataset, GraphDataset
 from ddengine.errors import UsageError, require_positive
 from ddengine.given import (
+    Progress,
     Watch,
     device_of,
     given,
@@ -93,7 +94,9 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     """
     algorithm, task_on, watch = *distillation(config), watch if Ranks.here().first else Watch()
     folder, schedule = distill_folder(config), schedule_of(config.checkpoint)
-    with joined(device_of(config.device)) as ranks:
+    names = tracking.chosen(config.track) if Ranks.here().first else ()
+    followed = tracking.following(names, folder, tracking.settings(config), watch.notice)
+    with joined(device_of(config.device)) as ranks, followed as tell:
         dataset = ranks.one_by_machine(lambda: load_named(config.dataset, watch))
         return loop.distill(
             task_on(dataset),
@@ -101,10 +104,20 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
             seed=config.seed,
             out=folder,
             schedule=schedule,
-            progress=watch.bar(f"distilling {config.dataset.name}"),
+            progress=_told(watch.bar(f"distilling {config.dataset.name}"), tell),
             notice=watch.notice,
             config=OmegaConf.to_yaml({k: value for k, value in vars(config).items() if k != "defaults"}),
         )
+
+
+def _told(show: Progress, tell: tracking.Tell) -> Progress:
+    """Progress that is shown, and whose values are told to trackers."""
+
+    def progress(done: int, total: int, values: Mapping[str, float]) -> None:
+        show(done, total, values)
+        tell(done, values)
+
+    return progress
 
 
 def distillation(
@@ -142,9 +155,13 @@ def _form(name: str, options: Mapping[str, Any], synth: str) -> dict[str, Any]:
 
 
 def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
-    """`ddengine buffer`: load the fit part and train experts on it, into the folder of the buffer."""
+    """`ddengine buffer`: load the fit part and train experts on it, into the folder of the buffer.
+
+    Trackers get where each expert ended, its number as the step.
+    """
     networks, out, options = recording(config)
-    return record(
+    names = tracking.chosen(config.track)
+    made = record(
         load_named(config.dataset, watch).fit,
         networks,
         out,
@@ -152,6 +169,11 @@ def run_buffer(config: BufferConfig, watch: Watch) -> ExpertBuffer:
         progress=watch.bar(f"recording {config.dataset.name}"),
         notice=watch.notice,
     )
+    with tracking.following(names, made.root, tracking.settings(config), watch.notice) as tell:
+        for number in range(len(made)):
+            entry = made.manifest["experts"][str(number)]
+            tell(number, {key: entry[key] for key in ("loss", "accuracy") if entry[key] is not None})
+    return made
 
 
 def recording(config: BufferConfig) -> tuple[list[NetSpec], Path, dict[str, Any]]:

@@ -140,7 +140,8 @@ def _identity(path: Path) -> Record:
         raise ArtefactError(f"{path} {what}", "Give the folder that distill or demo made")
     found = read_sealed(marker, RUN_KEYS)
     identity = found.get("identity") if isinstance(found, dict) else None
-    if not _fits({"format": RUN_FORMAT.__eq__, "identity": _mapping}, found) or not _fits(IDENTITY, identity):
+    checks: dict[str, Check] = {"format": lambda value: value == RUN_FORMAT, "identity": _mapping}
+    if not _fits(checks, found) or not _fits(IDENTITY, identity):
         raise ArtefactError(f"{marker} is damaged: it names no run", "Restore it from a copy")
     return identity  # type: ignore[return-value]
 
@@ -154,6 +155,8 @@ def _curves(path: Path) -> dict[str, list[tuple[int, float | int]]]:
             raise ArtefactError(f"{path}, line {number} is damaged", "Remove that line")
         for metric, value in values.items():
             curves.setdefault(metric, []).append((step, value))
+    if not any(value for _, value in curves.get("skipped", [])):
+        curves.pop("skipped", None)  # nothing was, which needs no curve
     return curves
 
 

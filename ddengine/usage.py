@@ -32,6 +32,7 @@ GRAPHS = (
     "dataset.bins=N dataset.split=N dataset.download=true|false"
 )
 NETWORK = "network=NAME network.width=N network.depth=N network.norm=NAME"
+TRACK = "track=tensorboard|mlflow|wandb|[tensorboard,mlflow]"
 PLACE = "device=auto|cpu|cuda precision=auto|fp32|bf16"
 RECIPE = (
     "recipe.steps=N recipe.lrs=[0.01,0.03] recipe.optimiser=sgd|adamw recipe.momentum=X "
@@ -43,15 +44,15 @@ GRAPH_KEYS = {
     "distill": GRAPHS,
     "evaluate": f"{GRAPHS} networks=[gin,gcn] protocol=standard-v1|paper/mirage seeds=N seed=N "
     "rows=[random_bytes,full] recipe.steps=N recipe.lrs=[0.001,0.005] recipe.weight_decay=X "
-    "recipe.pool=mean|sum recipe.dropout=X recipe.balance=true|false workers=N out=DIR",
+    f"recipe.pool=mean|sum recipe.dropout=X recipe.balance=true|false workers=N out=DIR {TRACK}",
 }
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
     f"experts=DIR synth=pixels|factored|compensated seed=N out=DIR {PLACE} deterministic=true|false "
-    "workers=N replicas=N checkpoint.steps=N checkpoint.minutes=N row=NAME",
+    f"workers=N replicas=N {TRACK} checkpoint.steps=N checkpoint.minutes=N row=NAME",
     "buffer": f"{DATASET} {NETWORK} networks=[a,b] recipe=mtt|ftd|ast|squeeze recipe.OPTION=VALUE "
     "count=N epochs=N max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
-    f"seed=N out=DIR {PLACE} workers=N checkpoint.minutes=N",
+    f"seed=N out=DIR {PLACE} workers=N {TRACK} checkpoint.minutes=N",
     "import": f"{DATASET} {NETWORK} out=DIR encoding=delta16|fp32 (of a buffer) "
     "source.space=auto|pixels|normalised|zca source.lr=X source.experiment=N (of a set)",
     "export": "out=DIR|FILE",
@@ -61,7 +62,7 @@ KEYS = {
     "audit": f"{DATASET} {NETWORK} seeds=N seed=N {RECIPE} {PLACE} workers=N out=DIR",
     "evaluate": f"{DATASET} {NETWORK} networks=[a,b]|grid protocol=NAME|FILE.yaml seeds=N seed=N "
     f"rows=[random,random_same_labels,full] experts=DIR {RECIPE} robust=[gaussian_noise,contrast,pgd] "
-    f"severity=1|2|3|4|5 kept=auto|none|DIR {PLACE} workers=N out=DIR",
+    f"severity=1|2|3|4|5 kept=auto|none|DIR {PLACE} workers=N out=DIR {TRACK}",
     "demo": "out=DIR seed=N seeds=N",
 }
 FLAGS = ("--json", "--help", "-h")

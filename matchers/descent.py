@@ -346,7 +346,9 @@ def step(
     for key, value in values.items():
         velocity[key] = o.momentum * state.velocity[key] + found[key]
         moved[key] = (value - lr * o.synth.relative_rate(key) * velocity[key]).detach()
-    fine = torch.stack([t.isfinite().all() for t in (found["loss"], *velocity.values(), *moved.values())]).all()
+    fine = torch.stack(
+        [t.isfinite().all() for t in (found["loss"], *velocity.values(), *moved.values())]
+    ).all()
     skipped = state.skipped + (~fine).to(state.skipped.dtype)
     in_row = torch.where(fine, 0, state.in_row + 1).to(state.in_row.dtype)
     state = replace(

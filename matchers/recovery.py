@@ -240,7 +240,9 @@ def _adam(job: Recovering, gradient: Tensor, average: Tensor, lr: float, step: i
 
 
 def _finite(job: Recovering) -> Tensor:
-    return torch.stack([value.isfinite().all() for value in (job.u, job.first, job.second, job.average)]).all()
+    return torch.stack(
+        [value.isfinite().all() for value in (job.u, job.first, job.second, job.average)]
+    ).all()
 
 
 def _chosen(fine: Tensor, new: Recovering, old: Recovering) -> Recovering:

@@ -176,4 +176,6 @@ def test_a_table_whose_weights_were_chosen_on_the_test_part_says_so():
 def test_texts_keep_to_their_line_and_markdown_has_no_tags():
     bad = TABLE | {"dataset": "a\nb<i>", "rows": [row("x|\n<b>", "mlp", 0.5, None, None, n=1)]}
     assert "a\\nb<i>, standard-v1, seed 7" in table_text(bad).splitlines()
-    assert "| x\\|\\\\n&lt;b> | mlp | 50.0 | - | 1 | 0.01 | 500 | 12,345 |" in table_markdown(bad).splitlines()
+    assert (
+        "| x\\|\\\\n&lt;b> | mlp | 50.0 | - | 1 | 0.01 | 500 | 12,345 |" in table_markdown(bad).splitlines()
+    )

@@ -51,10 +51,10 @@ def named(phase: str, path: str) -> str:
 
 
 class Points:
-    """The wrapped functions of one process."""
+    """The wrapped functions of the process of a command, and of workers that start as copies of it."""
 
     def __init__(self, root: Path, fault: Fault | None) -> None:
-        self.root, self.fault = root.resolve(), fault
+        self.root, self.fault, self.command = root.resolve(), fault, os.getpid()
         self.seen: list[str] = []
         self.handles: dict[int, str] = {}
 
@@ -79,12 +79,17 @@ class Points:
         if fault.name == "SIGKILL":
             if phase == "write":
                 return True
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.kill()
         if phase in REFUSED[fault.name]:
             if phase == "write":
                 return True
             self.refuse(path)
         return False
+
+    def kill(self) -> None:
+        """Kill the command, and this process where it is a worker of it."""
+        os.kill(self.command, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def refuse(self, path: str) -> None:
         number = getattr(errno, self.fault.name)  # type: ignore[union-attr]
@@ -113,7 +118,7 @@ class Points:
             if self.reach("write", self.handles.get(handle)):
                 real["write"](handle, memoryview(data)[: len(data) // 2])
                 if self.fault.name == "SIGKILL":  # type: ignore[union-attr]
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    self.kill()
                 self.refuse(self.handles[handle])
             return real["write"](handle, data)
 
