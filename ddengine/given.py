@@ -1,7 +1,12 @@
 """What configurations and arguments say, turned into the objects that recipes take; and who watches them."""
 
-from collections.abc import Callable, Mapping
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from ddengine.nets.core import NetSpec
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 Notice = Callable[[str], None]
+UNCOVERED = r"(\S+) does not have a deterministic implementation"  # PyTorch's words
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,41 @@ class Watch:
 
     notice: Notice = lambda text: None
     bar: Callable[[str], Progress] = lambda title: lambda done, total, values: None
+
+
+@contextmanager
+def deterministic(on: bool, notice: Notice) -> Iterator[None]:
+    """Inside, with `on`, PyTorch takes operators that give the same bits every time, where it has them.
+
+    Others run all the same, and `notice` names them at the end. What was set before is set again.
+    """
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    names: set[str] = set()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", UNCOVERED)
+            warnings.showwarning = partial(_gather, names, warnings.showwarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+    if names:
+        listed = ", ".join(sorted(names))
+        notice(f"note: deterministic=true does not cover {listed}: another run may have other bits")
+
+
+def _gather(names: set[str], show: Callable[..., None], message: Any, *place: Any, **named: Any) -> None:
+    """Keep the operator that a warning names, show all other warnings."""
+    found = re.match(UNCOVERED, str(message))
+    if found:
+        names.add(found[1])
+    else:
+        show(message, *place, **named)
 
 
 def load_named(config: Any, watch: Watch) -> Any:

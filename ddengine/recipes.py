@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 import matchers
@@ -21,6 +20,7 @@ from ddengine.errors import UsageError, require_positive
 from ddengine.given import (
     Progress,
     Watch,
+    deterministic,
     device_of,
     given,
     load_named,
@@ -96,7 +96,8 @@ def run_distill(config: DistillConfig, watch: Watch) -> loop.Result:
     folder, schedule = distill_folder(config), schedule_of(config.checkpoint)
     names = tracking.chosen(config.track) if Ranks.here().first else ()
     followed = tracking.following(names, folder, tracking.settings(config), watch.notice)
-    with joined(device_of(config.device)) as ranks, followed as tell:
+    exact = deterministic(config.deterministic, watch.notice)
+    with joined(device_of(config.device)) as ranks, followed as tell, exact:
         dataset = ranks.one_by_machine(lambda: load_named(config.dataset, watch))
         return loop.distill(
             task_on(dataset),
@@ -124,8 +125,6 @@ def distillation(
     config: DistillConfig,
 ) -> tuple[Matcher[Any], Callable[[Dataset | GraphDataset], Task]]:
     """The matcher of a configuration, and what makes its task of a dataset, after all else was checked."""
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
     options = tuples({key: value for key, value in vars(config.matcher).items() if key != "name"})
     if config.synth is not None:
         options["synth"] = _form(config.matcher.name, options, config.synth)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddengine import cli, data, demo, evaluating
 from ddengine.artefacts import artefact, holds_graphs
-from ddengine.compose import composed
+from ddengine.compose import composed, swept
 from ddengine.data import Part, Source, registry
 from ddengine.graph_train import GraphRecipe
 from ddengine.nets import NetSpec
@@ -143,6 +143,10 @@ def ran(words, capsys):
         keys = [word for word in rest[2:] if "=" in word]
         assert composed("evaluate", ["dataset=digits", *keys]).protocol == "paper/dm"
         return
+    if "-m" in rest:  # each run is a process, which other tests start: here the first of them
+        runs = swept([word for word in rest[1:] if word != "-m"])
+        assert len(runs) > 1
+        rest = [rest[0], *runs[0]]
     if "networks=grid" in rest:
         assert len(composed("evaluate", ["dataset=digits", "networks=grid"]).networks) > 4
     graphs = rest[0] == "evaluate" and of_graphs(rest[1])

@@ -14,6 +14,7 @@ from ddengine import data, given
 from ddengine.cli import main
 from ddengine.compose import spelled
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.given import deterministic
 from ddengine.nets.core import NetSpec
 from ddengine.train import Recipe
 from ddengine.types import fingerprint
@@ -255,3 +256,18 @@ def test_a_foreign_module_in_front_of_ours_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.startswith(f"'synth' would be imported from {tmp_path / 'synth.py'}")
+
+
+def test_what_deterministic_does_not_cover_is_said_once_and_the_rest_is_as_before():
+    said = []
+    with deterministic(True, said.append):
+        assert torch.are_deterministic_algorithms_enabled()
+        for _ in range(2):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    assert said == ["note: deterministic=true does not cover put_: another run may have other bits"]
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic(True, said.append):
+        torch.zeros(3).add_(1)
+    with deterministic(False, said.append):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert len(said) == 1

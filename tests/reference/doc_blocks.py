@@ -71,8 +71,6 @@ def cut(word: str) -> str:
     key = word.partition("=")[0]
     if word == "networks=grid":
         return "networks=[mlp]"  # a dozen networks; that the word is known is another test
-    if key == "seed" and "," in word:
-        return word[: word.index(",")]  # of a sweep its first run, which starts a process of its own
     return f"{key}={SMALL[key]}" if key in SMALL else word
 
 
