@@ -257,3 +257,12 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(record, dict):
             raise ArtefactError(f"{path}, line {number} is damaged", "Remove that line")
         yield record
+
+
+def difference(old: Any, new: Any, path: str = "") -> str:
+    """The first value in which two JSON trees differ, as "recipe.lr is 0.01 there and 0.02 here"; or ""."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        found = (difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys)
+        return next((text for text in found if text), "")
+    return "" if old == new else f"{path} is {old} there and {new} here"

@@ -21,7 +21,7 @@ from ddengine.locks import writing
 from ddengine.parallel import one_thread, signals
 from ddengine.ranks import ProcessLostError, Ranks, joined, local_rank
 from ddengine.rng import Rng
-from ddengine.run_folder import Notice, claim, difference, open_run, resume
+from ddengine.run_folder import Notice, claim, open_run, resume
 from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
 
@@ -116,7 +116,7 @@ class _Run:
 
 def _require_same(ranks: Ranks, identity: dict[str, Any]) -> None:
     """Refuse processes that were started for different runs (UsageError)."""
-    other = difference(ranks.from_first(lambda: identity), identity)
+    other = files.difference(ranks.from_first(lambda: identity), identity)
     if other:
         raise UsageError(
             f"process {ranks.rank} was started for another run than process 0: {other}",

@@ -27,7 +27,7 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> DistilledSet | None:
         raise UsageError(f"out={folder} is a file", "Choose another out=DIR")
     if marker.exists():
         found = read_sealed(marker, RUN_KEYS)
-        other = difference(found.get("identity", {}) if isinstance(found, dict) else {}, identity)
+        other = files.difference(found.get("identity", {}) if isinstance(found, dict) else {}, identity)
         if other:
             raise UsageError(f"out={folder} holds another run: {other}", "Choose another out=DIR")
         files.sweep(folder)
@@ -45,16 +45,6 @@ def claim(folder: Path, identity: Mapping[str, Any], config: str | None) -> None
         write_sealed(folder / "run.json", whole)
     if config is not None and not (folder / "config.yaml").exists():
         files.write_bytes(folder / "config.yaml", config.encode())
-
-
-def difference(old: Any, new: Any, path: str = "") -> str:
-    """What first differs between two identities (plain JSON), as "KEY is X there and Y here"; "" if equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = (
-            difference(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in sorted({*old, *new})
-        )
-        return next((text for text in found if text), "")
-    return "" if old == new else f"{path} is {old} there and {new} here"
 
 
 def resume(folder: Path, start: S, steps: int, notice: Notice) -> tuple[S, dict[str, Any], int | None]:

@@ -13,7 +13,6 @@ from expert_buffers.manifest import (
     MANIFEST,
     PARTIAL,
     damaged,
-    difference,
     extent,
     read_manifest,
     require_regular,
@@ -52,7 +51,7 @@ def new_manifest(head: Mapping[str, Any]) -> dict[str, Any]:
 def same_buffer(root: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest in `root`, refused (UsageError) when it is not that of `head`."""
     manifest = read_manifest(root)
-    first = difference({k: manifest[k] for k in IDENTITY}, {k: head[k] for k in IDENTITY})
+    first = files.difference({k: manifest[k] for k in IDENTITY}, {k: head[k] for k in IDENTITY})
     if not first and manifest["architectures"] != head["architectures"]:
         first = "its networks have the same options and other parameters"
     if first:
