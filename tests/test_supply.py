@@ -30,7 +30,13 @@ LAZY = {
     "mlflow-skinny",
     "wandb",
 }  # of the extras that packages import only where they are asked for
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "hydra": "hydra-core"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "hydra": "hydra-core",
+    "mlflow": "mlflow-skinny",
+}
 
 
 def canonical(name):

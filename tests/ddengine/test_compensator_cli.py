@@ -16,7 +16,7 @@ from ddengine.rng import Rng
 from synth import DistilledSet
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("DDENGINE_FAULTS", "2"))
+KILLS = int(os.environ.get("DDENGINE_FAULTS", "1"))
 TEACHERS = ["dataset=digits", "networks=[convnet,resnet18]", "network.norm=batch", "network.width=4"]
 RECORD = [*TEACHERS, "recipe=squeeze", "count=2", "epochs=1", "workers=1"]
 DISTILL = ["matcher=compensator", "experts=teachers", "ipc=8", "matcher.steps=12", "workers=1"]

@@ -23,8 +23,8 @@ EVEN = {
 
 
 def test_memory_tensors_handles_and_hooks_stay_over_steps_and_evaluations(tmp_path):
-    steps = long_run.steps(200, tmp_path / "run", samples=10)
-    assert [sample["done"] for sample in steps] == list(range(20, 201, 20))
+    steps = long_run.steps(100, tmp_path / "run", samples=10)
+    assert [sample["done"] for sample in steps] == list(range(10, 101, 10))
     assert long_run.grown(steps) == []
     evaluations = long_run.evaluations(4, tmp_path / "run" / "distilled")
     assert [sample["done"] for sample in evaluations] == [1, 2, 3, 4]
