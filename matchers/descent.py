@@ -338,28 +338,35 @@ def step(
     first, parts = state.step * o.networks_per_step, []
     for stream in work.task.streams(rng):
         runs = [_found(state, work, stream, o, first + i, loss) for i in range(o.networks_per_step)]
-        mean = {key: torch.stack([g[key] for g, _ in runs]).mean(0) for key in state.velocity}
-        parts.append({**mean, "loss": torch.stack([value for _, value in runs]).mean()})
+        parts.append(_mean([{**gradients, "loss": value} for gradients, value in runs]))
+    del runs
     found = work.reduce(parts)
+    parts.clear()
     lr = scheduled(o.lr, o.schedule or "constant", state.step, steps)
     values, velocity, moved = state.synth.params(), {}, {}
     for key, value in values.items():
-        velocity[key] = o.momentum * state.velocity[key] + found[key]
+        velocity[key] = o.momentum * state.velocity[key] + found.pop(key)
         moved[key] = (value - lr * o.synth.relative_rate(key) * velocity[key]).detach()
     fine = torch.stack(
         [t.isfinite().all() for t in (found["loss"], *velocity.values(), *moved.values())]
     ).all()
     skipped = state.skipped + (~fine).to(state.skipped.dtype)
     in_row = torch.where(fine, 0, state.in_row + 1).to(state.in_row.dtype)
+    for new, old in ((moved, values), (velocity, state.velocity)):
+        for key in new:
+            new[key] = torch.where(fine, new[key], old[key].detach())
     state = replace(
-        state, step=state.step + 1, synth=state.synth.replace(_where(fine, moved, values)),
-        velocity=_where(fine, velocity, state.velocity), skipped=skipped, in_row=in_row,
+        state, step=state.step + 1, synth=state.synth.replace(moved), velocity=velocity, skipped=skipped,
+        in_row=in_row,
     )  # fmt: skip
     return state, {"loss": found["loss"], "lr": lr, "skipped": skipped, "in_row": in_row}
 
 
-def _where(fine: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: torch.where(fine, value, old[key].detach()) for key, value in new.items()}
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor over networks; of one network without a copy, as all tensors of a set count."""
+    if len(parts) == 1:
+        return parts[0]
+    return {key: torch.stack([part[key] for part in parts]).mean(0) for key in parts[0]}
 
 
 def _as_before(state: PixelState, compiled: bool) -> PixelState:

@@ -271,3 +271,18 @@ def test_what_deterministic_does_not_cover_is_said_once_and_the_rest_is_as_befor
     with deterministic(False, said.append):
         assert not torch.are_deterministic_algorithms_enabled()
     assert len(said) == 1
+
+
+def test_how_a_set_is_judged_never_changes_it(tmp_path):
+    task = dd.task("digits", ipc=1)
+    matcher = dd.matcher("attention", network=NetSpec("convnet", width=3, depth=1), steps=2, real_per_class=3)
+    dd.distill(task, matcher, seed=0, out=tmp_path / "run")
+    folder = tmp_path / "run" / "distilled"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for steps, seed, networks in ((2, 0, ["mlp"]), (3, 5, [NetSpec("convnet", width=4, depth=1)])):
+        recipe = Recipe(steps=steps, lrs=(0.01,), batch_size=10)
+        dd.evaluate(folder, networks=networks, seeds=1, seed=seed, rows=[], recipe=recipe)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    again = dd.distill(task, matcher, seed=0, out=tmp_path / "again")
+    stored = DistilledSet.load(folder)
+    assert all(torch.equal(tensor, stored.tensors[name]) for name, tensor in again.distilled.tensors.items())
