@@ -266,8 +266,19 @@ def _explained(
             _check_key(override, base)
             OmegaConf.to_container(_compose(command, [*choices, override]), resolve=True)
     except (HydraException, OmegaConfBaseException) as alone:
-        return UsageError(f"{culprit}: {_reason(alone)}", "Give a value of the type that the key has")
+        return UsageError(f"{culprit}: {_reason(alone)}", _fitting(_reason(alone)))
     return UsageError(_reason(error), f"See ddengine {_typed(command)} --help for the keys")
+
+
+def _fitting(reason: str) -> str:
+    """What to give for a value that does not fit, by the type in OmegaConf's words."""
+    kinds = {
+        "Integer": "a whole number",
+        "Float": "a number",
+        "float": "a number",
+        "Boolean": "true or false",
+    }
+    return f"Give {next((text for kind, text in kinds.items() if kind in reason), 'a value of its type')}"
 
 
 def _reason(error: BaseException) -> str:

@@ -283,7 +283,8 @@ def _log(state: Any, metrics: Metrics, run: _Run, progress: Progress | None) -> 
             run.folder / "metrics.jsonl", {"step": state.step, "seconds": seconds, **values}
         )
     if progress is not None:
-        progress(state.step, run.steps, values)
+        shown = {key: value for key, value in values.items() if value or key != "skipped"}
+        progress(state.step, run.steps, shown)
 
 
 def peak_memory(device: torch.device) -> int:
