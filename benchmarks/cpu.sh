@@ -24,9 +24,9 @@ timed judge_speed.py --repeat 1
 timed trajectory_turns.py --steps 10 --rounds 3
 timed trajectory_gradients.py --widths 32 --steps 10 20 --repeat 1
 timed buffer_latency.py --repeat 10
-timed recover_step.py --repeat 1 --save
+timed recover_step.py --repeat 1 --steps 30 --save
 timed compensated_bytes.py
-timed image_tree.py "$out/tree" --classes 100
+timed image_tree.py "$out/tree" --classes 50
 timed estimate.py "$out/estimate"
 if [ -n "$tu" ]; then
   timed color_refinement.py --root "$tu" --repeat 3
