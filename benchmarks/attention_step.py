@@ -43,7 +43,7 @@ from ddengine.ops import dsa
 from ddengine.rng import Rng
 from ddengine.tables import spread
 from ddengine.types import Budget, DataSpec, Images, SynthSet, Task
-from matchers import descent
+from matchers import descent_options
 from matchers.target_bank import BLOCK
 from synth import DistilledSet
 
@@ -129,7 +129,7 @@ def plain(work: Task, plan: Plan, together: bool, draws: str = "step") -> Versio
             total = total + apart(*(hooked(net, x) for x in sides), len(group))
         optimiser.zero_grad()
         total.backward()
-        optimiser.param_groups[0]["lr"] = descent.scheduled(plan.lr, "cosine", number, plan.steps)
+        optimiser.param_groups[0]["lr"] = descent_options.scheduled(plan.lr, "cosine", number, plan.steps)
         optimiser.step()
         assert syn.grad is not None
         return syn.grad.clone()
@@ -144,7 +144,7 @@ def apart(real: list[Tensor], fake: list[Tensor], classes: int) -> Tensor:
         last = level == len(real) - 1
         rows = [F.avg_pool2d(f, 2).flatten(1) if last else attention(f) for f in pair]
         a, b = (row.unflatten(0, (classes, -1)).mean(1) for row in rows)
-        weight = descent.width_factor(a.shape[1], True) if last else 100
+        weight = descent_options.width_factor(a.shape[1], True) if last else 100
         total = total + weight * (a - b).square().sum()
     return total
 

@@ -1,14 +1,20 @@
-"""Every pixel matcher with plain images (factor 1) and grids of four (factor 2): equal bytes, one recipe.
+"""Every matcher of images with plain ones (factor 1) and grids of four (factor 2): equal bytes, one recipe.
 
     python benchmarks/factor_table.py --root DIR --runs RUNS --workers 2
     ddengine buffer dataset=fashion_mnist dataset.root=DIR network.width=16 count=4 max_start_epoch=5 \\
       expert_epochs=2 workers=2 out=BUFFER
     python benchmarks/factor_table.py --root DIR --runs RUNS --experts BUFFER --matchers trajectory
+    pip install examples/plugin
+    python benchmarks/factor_table.py --root DIR --runs RUNS --matchers gradient
+    ddengine buffer dataset=fashion_mnist dataset.root=DIR network.width=16 network.norm=batch count=2 \
+      epochs=3 recipe=squeeze out=TEACHERS
+    python benchmarks/factor_table.py --root DIR --runs RUNS --experts TEACHERS --matchers compensator
 
 Sets of one size in bytes: at factor 2 as many stored images stand for four times the training images. Each is
 a run in RUNS, which goes on where it was cut off, and one line of --out, which is kept; lines of others lie
 beside it. The rows "start" are what the matchers start from, not distilled: real images at factor 1, four
-down-scaled real images in each stored one at factor 2. The first set is judged beside random real images (as
+down-scaled real images in each stored one at factor 2. Matchers that choose real images, and compensators,
+which are a form of their own, have no factor. The first set is judged beside random real images (as
 many, and as many bytes), k-means and all the data. The table comes last, on stdout.
 """
 
@@ -34,8 +40,10 @@ from synth import DistilledSet
 
 HERE = Path(__file__).parent / "results"
 DESCENT = ("attention", "distribution", "characteristic")
+FORMLESS = ("herding", "kcenter", "compensator")  # their sets are never grids
 BESIDE = ("random", "random_bytes", "kmeans", "full")
 TRAJECTORY = {"lr": 300.0, "schedule": "cosine", "window": {"max": 3}, "inner": {"steps": 40, "rate": 0.03}}
+GRADIENT = {"lr": 0.5, "inner": 10}  # published .1 and, at 10 images per class, 50: for 1,000 steps
 HEAD = ("set", "factor", "trained on", "bytes", "accuracy", "interval", "rate", "distilled in")
 
 
@@ -46,6 +54,8 @@ def main() -> None:
     buffer = ExpertBuffer(o.experts) if o.experts else None
     task = Task(dataset.fit, Budget(o.ipc), buffer, origin={"name": o.dataset})
     for name, factor in [(name, factor) for name in o.matchers for factor in o.factors]:
+        if name in FORMLESS and factor > 1:
+            continue
         if any((line["set"], line["factor"]) == (name, factor) for line in lines(o.out, made)):
             continue
         distilled, seconds = distil(task, name, factor, o)
@@ -67,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--root")
     parser.add_argument("--runs", type=Path, required=True, help="folder of the distillation runs")
     parser.add_argument("--experts", help="an expert buffer, for trajectory matching")
-    parser.add_argument("--matchers", nargs="+", default=["start", *DESCENT])
+    parser.add_argument("--matchers", nargs="+", default=["start", *DESCENT, *FORMLESS[:2]])
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--width", type=int, default=16)
@@ -95,8 +105,11 @@ def lines(out: Path, made: dict[str, Any]) -> list[dict[str, Any]]:
 
 def options(name: str, o: argparse.Namespace) -> dict[str, Any]:
     """Equal steps and real images for the matchers that draw them, the trajectory's own for the other."""
-    own = TRAJECTORY if name == "trajectory" else {"real_per_class": o.real, "lr": o.lr, "schedule": "cosine"}
-    return {**own, "steps": o.steps}
+    descent = {"real_per_class": o.real, "lr": o.lr, "schedule": "cosine"}
+    own = {
+        "trajectory": TRAJECTORY, "gradient": {"real_per_class": o.real, **GRADIENT}, "compensator": {},
+    }  # fmt: skip
+    return {**own.get(name, descent), "steps": o.steps}
 
 
 def distil(task: Task, name: str, factor: int, o: argparse.Namespace) -> tuple[DistilledSet, float]:
@@ -106,7 +119,10 @@ def distil(task: Task, name: str, factor: int, o: argparse.Namespace) -> tuple[D
     if name == "start":
         state = matchers.make("distribution", network, synth=form).init(task, Rng(0))
         return DistilledSet.make(state.synth, recipe={}, provenance={"budget": {"ipc": o.ipc}}), 0.0
-    matcher = matchers.make(name, network, **options(name, o), synth=form)
+    if name in FORMLESS:
+        matcher = matchers.make(name, network, **(options(name, o) if name == "compensator" else {}))
+    else:
+        matcher = matchers.make(name, network, **options(name, o), synth=form)
     shown = f"{o.dataset}_{name}_f{factor}_ipc{o.ipc}_w{o.width}_{o.steps}_{o.real}_{o.lr:g}"
     result = loop.distill(task, matcher, out=o.runs / shown, progress=every_minute(shown))
     return result.distilled, result.seconds

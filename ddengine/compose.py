@@ -243,8 +243,12 @@ def _check_key(override: Override, base: DictConfig) -> None:
     if not near:
         near = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
-    top = ", ".join(k for k in known if "." not in k)
-    raise UsageError(f"unknown key '{key}'", f"{hint}Keys: {top}")
+    level = key.rpartition(".")[0]
+    while level and not any(k.startswith(f"{level}.") for k in known):
+        level = level.rpartition(".")[0]
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == level]
+    where = f"Keys of {level}" if level else "Keys"
+    raise UsageError(f"unknown key '{key}'", f"{hint}{where}: {', '.join(beside)}")
 
 
 def _compose(command: str, overrides: Sequence[Override]) -> DictConfig:

@@ -1,6 +1,7 @@
 """What the site's builder adds to the Markdown: the reference of the code, and what lies beside docs/."""
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ API = {  # what a user imports, by module
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages, and the project's own files that the site shows."""
     made = {
+        "notebook.md": notebook_page(),
+        "examples.md": examples_page(),
         "reference/cli.md": cli_page(),
         "reference/matcher_options.md": options_page(),
         "reference/api.md": api_page(),
@@ -70,6 +73,40 @@ def named(found: re.Match[str]) -> str:
     if not (TREE / path).exists():
         raise FileNotFoundError(f"docs link to {path}, which the tree does not have")
     return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
+
+
+def examples_page() -> str:
+    """What the examples show, and each of the scripts; links to them become links within the page."""
+    folder, lines = TREE / "examples", []
+    text = (folder / "README.md").read_text().replace("](tutorial.ipynb)", "](notebook.md)")
+    for path in sorted(folder.glob("*.py")):
+        text = text.replace(f"]({path.name})", f"](#{path.stem})")
+        lines += [f"## {path.name} {{#{path.stem}}}", "", "```python", path.read_text().rstrip(), "```", ""]
+    return "\n".join([text.replace("[plugin](plugin)", "`examples/plugin`"), *lines])
+
+
+def notebook_page() -> str:
+    """The executed tutorial notebook: its text, its code, what that printed and drew."""
+    cells = json.loads((TREE / "examples" / "tutorial.ipynb").read_text())["cells"]
+    lines = []
+    for cell in cells:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines += [text, ""]
+            continue
+        lines += ["```python", text, "```", ""]
+        for output in cell["outputs"]:
+            lines += [*_printed(output), ""]
+    told = "The notebook `examples/tutorial.ipynb`, as it was executed."
+    return "\n".join([*lines[:1], "", told, "", *lines[1:]])
+
+
+def _printed(output: Any) -> list[str]:
+    """The output of a notebook's cell: a picture within the page, or text."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return [f"![What the cell drew](data:image/png;base64,{''.join(data['image/png'].split())})"]
+    return ["```text", "".join(output.get("text", data.get("text/plain", []))).rstrip(), "```"]
 
 
 def cli_page() -> str:

@@ -31,6 +31,7 @@ from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.segment import Window
 from matchers import descent
 from matchers.descent import PixelState
+from matchers.descent_options import check_options, width_factor
 from matchers.parametrised import FormOptions
 
 
@@ -203,7 +204,7 @@ class AttentionOptions:
                 f"matcher.p={self.p} is out of range",
                 "Give a finite p >= 1 (4: the paper, 1: the released code)",
             )
-        descent.check_options(self)
+        check_options(self)
 
     def resolved(self) -> "AttentionOptions":
         """The same options with the variant's values filled in."""
@@ -258,7 +259,7 @@ class AttentionMatching:
 
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
             pair = [Statistics(tuple(s[:-1]), s[-1]) for s in (real, synthetic)]
-            weight = o.mmd_weight * descent.width_factor(real[-1].shape[1], o.follow_width)
+            weight = o.mmd_weight * width_factor(real[-1].shape[1], o.follow_width)
             return attention_matching_loss(pair[0], pair[1], weight, o.scale, o.sam_weight)
 
         return descent.step(state, work, rng, o, self.steps(work.task), loss)

@@ -30,6 +30,7 @@ from expert_buffers.segment import Window
 from matchers import descent
 from matchers.attention import image_statistics
 from matchers.descent import PixelState
+from matchers.descent_options import check_options
 from matchers.parametrised import FormOptions
 
 EPSILON = 1e-12  # under the root, whose slope is infinite at 0; above what float32 rounds |R - S|^2 to
@@ -139,7 +140,7 @@ class CharacteristicOptions:
             )
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"matcher.alpha={self.alpha} is out of range", "Give 0 <= alpha <= 1")
-        descent.check_options(self)
+        check_options(self)
 
 
 @dataclass(frozen=True)

@@ -1,75 +1,33 @@
 """What the pixel matchers share: the start, one gradient over drawn networks in chunks, one momentum step."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ddengine.errors import UsageError, require, require_positive
+from ddengine.errors import UsageError
 from ddengine.nets import build, has_batch_norm, resolve
-from ddengine.nets.core import NetSpec, Network, initialise
+from ddengine.nets.core import NetSpec, Network
 from ddengine.ops import dsa
 from ddengine.ops.compiled import compiled_statistics
 from ddengine.ops.instance_block import CACHE
 from ddengine.rng import Rng
 from ddengine.types import Accepts, DataSpec, Metrics, SynthSet, Task, Workspace
-from expert_buffers.segment import Window
-from expert_buffers.store import ExpertBuffer
 from matchers.class_means import classes_of, group_means, groups, listing, members
-from matchers.parametrised import FormOptions, form, per_class
+from matchers.descent_options import DescentOptions, scheduled
+from matchers.networks import draw_network, experts_within
+from matchers.parametrised import form, per_class
 from matchers.target_bank import TargetBank, opened, pair
 from synth.factored import Factored
-from synth.pixels import CODECS, Pixels
-from synth.starts import STARTS, start_images
+from synth.pixels import Pixels
+from synth.starts import start_images
 
-PUBLISHED_EMBEDDING = 2048  # dimensions summed over in the papers, to which their rates and weights belong
-SCHEDULES = ("constant", "cosine", "drop")
-SOURCES = ("random", "buffer")
-COMPILE = ("auto", "on", "off")
-BANK = ("off", "on")
 PAYS_FROM = 1000  # steps that pay for compiling, which takes tens of seconds
 Statistics = Callable[[Network, Tensor], list[Tensor]]
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
-
-
-@runtime_checkable
-class DescentOptions(Protocol):
-    """The options that every pixel matcher has under the same names."""
-
-    @property
-    def real_per_class(self) -> int | None: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def schedule(self) -> str | None: ...
-    @property
-    def augment(self) -> str: ...
-    @property
-    def networks_per_step(self) -> int: ...
-    @property
-    def chunk(self) -> int: ...
-    @property
-    def networks(self) -> str: ...
-    @property
-    def window(self) -> Window: ...
-    @property
-    def start(self) -> str: ...
-    @property
-    def codec(self) -> str: ...
-    @property
-    def synth(self) -> FormOptions: ...
-    @property
-    def bank(self) -> str: ...
-    @property
-    def bank_reuse(self) -> int: ...
-    @property
-    def bank_real(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -87,29 +45,6 @@ class PixelState:
     compiled: bool | None = None
     skipped: Int[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
     in_row: Int[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int32))
-
-
-def check_options(o: Any) -> None:
-    """Refuse values outside their range among the options that the pixel matchers share (UsageError)."""
-    whole = ("steps", "real_per_class", "networks_per_step", "chunk", "bank_reuse", "bank_real")
-    for key in (*whole, "lr"):
-        value = getattr(o, key)
-        if value is not None:
-            require_positive(f"matcher.{key}", value)
-        if key != "lr" and not isinstance(value, int | None):
-            raise UsageError(
-                f"matcher.{key}={value} is out of range", f"Give a whole number for matcher.{key}"
-            )
-    require_positive("matcher.momentum", o.momentum, zero=True)
-    require(o.start, STARTS, "matcher.start")
-    require(o.codec, CODECS, "matcher.codec")
-    require(o.networks, SOURCES, "matcher.networks")
-    require(o.bank, BANK, "matcher.bank")
-    require(getattr(o, "compile", "off"), COMPILE, "matcher.compile")
-    if o.schedule is not None:
-        require(o.schedule, SCHEDULES, "matcher.schedule")
-    if o.augment != "auto":
-        dsa.parse(o.augment)
 
 
 def start(task: Task, rng: Rng, o: DescentOptions) -> PixelState:
@@ -153,7 +88,7 @@ def workspace(
         notes.append(said)
     extra["compiled"] = extra["statistics"] is not statistics
     if o.networks == "buffer":
-        extra["experts"] = _experts(task, network, o.window)
+        extra["experts"] = experts_within(task, network, o.window)
     if o.bank == "on":
         experts = {"digest": task.experts.digest, **asdict(o.window)} if o.networks == "buffer" else None
         facts = {
@@ -190,39 +125,6 @@ def _at_once(spec: DataSpec, net: nn.Module, o: DescentOptions, device: torch.de
 
 def _strategy(task: Task, o: DescentOptions) -> str:
     return dsa.strategy_for(task.images.spec.name) if o.augment == "auto" else o.augment
-
-
-def checked(task: Task, network: NetSpec) -> NetSpec:
-    """The resolved network, after the task's buffer was found to fit it (UsageError)."""
-    if not isinstance(task.experts, ExpertBuffer):
-        raise UsageError(f"experts are a {type(task.experts).__name__}", "Give an ExpertBuffer: experts=DIR")
-    resolved = resolve(network, task.images.spec.shape)
-    task.experts.check(task.images.spec, resolved)
-    return resolved
-
-
-def _experts(task: Task, network: NetSpec, window: Window) -> list[int]:
-    """The experts with this network, all of which must reach into the window (UsageError)."""
-    checked(task, network)
-    found = task.experts.matching(network)
-    shortest = min(task.experts.epochs(i) for i in found)
-    if max(window.min, (window.start or 1) - 1, (window.max or 1) - 1) > shortest:
-        raise UsageError(
-            f"matcher.window reaches beyond the {shortest} epochs of the buffer {task.experts.root}",
-            f"Give matcher.window.max={shortest + 1} or less, or continue the buffer",
-        )
-    return found
-
-
-def draw_network(work: Workspace, rng: Rng, o: DescentOptions, iteration: int) -> Network:
-    """The workspace's network in train mode with fresh weights, or those of an expert within the window."""
-    if o.networks == "random":
-        return initialise(work.extra["net"], rng.torch("weights")).train()  # type: ignore[return-value]
-    generator, experts = rng.torch("expert"), work.extra["experts"]
-    number = experts[int(torch.randint(len(experts), (), generator=generator))]
-    high = o.window.upper(iteration, work.task.experts.epochs(number) + 1)
-    row = int(torch.randint(o.window.min, high, (), generator=generator))
-    return work.task.experts.load(work.extra["net"], number, row).train()
 
 
 def measure(work: Workspace, net: Network, x: Tensor, params: dsa.DsaParams, rows: Tensor) -> list[Tensor]:
@@ -378,15 +280,3 @@ def _as_before(state: PixelState, compiled: bool) -> PixelState:
             "Go on where there is the same compiler, or start again in another out=DIR",
         )
     return replace(state, compiled=compiled)
-
-
-def width_factor(dimensions: int, follow: bool) -> float:
-    """2048 / d, the published embedding (ConvNet-3, width 128, 32 px) over this one; 1 without `follow`."""
-    return PUBLISHED_EMBEDDING / dimensions if follow else 1.0
-
-
-def scheduled(lr: float | int, schedule: str, step: int, steps: int) -> float:
-    """The rate at `step` of `steps`: constant, cosine to zero, or a tenth after half ("drop": released)."""
-    if schedule == "cosine":
-        return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return float(lr * 0.1 if schedule == "drop" and step >= steps // 2 else lr)

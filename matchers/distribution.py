@@ -20,6 +20,7 @@ from expert_buffers.segment import Window
 from matchers import descent
 from matchers.attention import image_statistics, mmd_term
 from matchers.descent import PixelState
+from matchers.descent_options import check_options, width_factor
 from matchers.parametrised import FormOptions
 
 
@@ -49,7 +50,7 @@ class DistributionOptions:
 
     def __post_init__(self) -> None:
         require_positive("matcher.scale", self.scale)
-        descent.check_options(self)
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DistributionMatching:
         """One descent on the squared distance of class mean embeddings."""
 
         def loss(real: list[Tensor], synthetic: list[Tensor]) -> Tensor:
-            factor = descent.width_factor(real[0].shape[1], self.options.follow_width)
+            factor = width_factor(real[0].shape[1], self.options.follow_width)
             return self.options.scale * factor * mmd_term(real[0], synthetic[0])
 
         return descent.step(state, work, rng, self.options, self.options.steps, loss)

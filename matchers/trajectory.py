@@ -33,8 +33,9 @@ from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
 from expert_buffers.params import ParamSpec
 from expert_buffers.segment import Plan, Prefetch, Segment
-from matchers import descent, parametrised, student, teachers
-from matchers.descent import scheduled
+from matchers import parametrised, student, teachers
+from matchers.descent_options import scheduled
+from matchers.networks import checked
 from matchers.parametrised import Beside
 from matchers.student import InnerOptions
 from matchers.trajectory_options import (
@@ -150,7 +151,7 @@ class TrajectoryMatching:
 
     def _plan(self, task: Task, rng: Rng) -> tuple[NetSpec, Plan]:
         """The resolved network and the segments, after the buffer was found to fit both (UsageError)."""
-        o, network = self.options, descent.checked(task, self.network)
+        o, network = self.options, checked(task, self.network)
         return network, Plan.of(
             task.experts, rng.fold("segments"), o.window, o.expert_epochs, o.order, network
         )

@@ -12,7 +12,8 @@ from ddengine.ops import dsa
 from ddengine.ops.unroll import GRADIENTS, Derivatives
 from ddengine.types import Task, label_bytes
 from expert_buffers.segment import ORDERS, Window
-from matchers import descent, student, teachers
+from matchers import student, teachers
+from matchers.descent_options import SCHEDULES
 from matchers.parametrised import FormOptions
 from matchers.student import InnerOptions
 from synth.pixels import CODECS
@@ -84,7 +85,7 @@ class TrajectoryOptions:
                 raise UsageError(f"matcher.{key}={getattr(self, key)} is out of range", "Give 0 <= value < 1")
         allowed = {
             "gradient": GRADIENTS, "labels": LABELS, "start": (*STARTS, *teachers.EXPERT_STARTS),
-            "schedule": descent.SCHEDULES, "order": ORDERS, "middle": student.MIDDLES, "compile": SWITCH,
+            "schedule": SCHEDULES, "order": ORDERS, "middle": student.MIDDLES, "compile": SWITCH,
             "codec": CODECS,
         }  # fmt: skip
         for key, values in allowed.items():

@@ -26,7 +26,8 @@ from ddengine.nets import NetSpec, build, has_batch_norm, reinitialise, resolve
 from ddengine.ops import dsa
 from ddengine.rng import Rng
 from ddengine.types import Accepts, Metrics, SynthSet, Task, Workspace
-from synth import STARTS, Pixels, start_images
+from matchers.parametrised import FormOptions, form, per_class
+from synth import STARTS, start_images
 from synth.pixels import CODECS
 
 EPSILON = 1e-6  # added to the product of two norms, as in the released code
@@ -53,6 +54,7 @@ class GradientOptions:
     augment: str = "auto"
     start: str = "real"
     codec: str = "uint8"
+    synth: FormOptions = FormOptions()
 
     def __post_init__(self) -> None:
         for key in ("steps", "lr", "real_per_class", "matches", "inner", "network_lr"):
@@ -67,14 +69,14 @@ class GradientOptions:
 
 @dataclass(frozen=True)
 class GradientState:
-    """Steps done, the set, its velocity, and the weights of the network that the next step matches on.
+    """Steps done, the set, the velocity of its free tensors, and the weights that the next step matches on.
 
     `weights` are empty where every step draws a network of its own.
     """
 
     step: int
-    synth: Pixels
-    velocity: Float[Tensor, "m c h w"]
+    synth: SynthSet
+    velocity: dict[str, Tensor]
     weights: Weights
 
 
@@ -104,37 +106,35 @@ class GradientMatching:
 
     def init(self, task: Task, rng: Rng) -> GradientState:
         """Pixels at the chosen start, at rest, and the first network."""
-        x = start_images(self.options.start, task.images, task.ipc, rng.fold("start")).to(task.device)
-        labels = torch.arange(len(task.images.spec.classes), device=task.device)
-        synth = Pixels(x, labels.repeat_interleave(task.ipc), task.images.spec, codec=self.options.codec)
+        o = self.options
+        count = per_class(task, o.synth, o.codec)
+        x = start_images(o.start, task.images, count, rng.fold("start")).to(task.device)
+        synth = form(task, x, o.synth, o.codec, rng)
+        velocity = {key: torch.zeros_like(value) for key, value in synth.params().items()}
         kept = self._loops(task)[0] > 1
         weights = drawn(self.prepare(task, rng).extra["net"], rng.fold("network", 0)) if kept else {}
-        return GradientState(0, synth, torch.zeros_like(x), weights)
+        return GradientState(0, synth, velocity, weights)
 
     def step(self, state: GradientState, work: Workspace, rng: Rng) -> tuple[GradientState, Metrics]:
         """One step of the pixels on this network; then the network trains on them, or another is drawn."""
-        o, net, labels = self.options, work.extra["net"], state.synth.labels
+        o, net = self.options, work.extra["net"]
         matches, inner = self._loops(work.task)
         number, match = divmod(state.step, matches)
         weights = state.weights or drawn(net, rng.fold("network", number))
         gradient, loss = self._gradient(state.synth, work, weights, rng.fold("step", state.step))
-        velocity = o.momentum * state.velocity + gradient
-        x = (state.synth.images - o.lr * velocity).detach()
+        velocity = {key: o.momentum * state.velocity[key] + g for key, g in gradient.items()}
+        moved = {
+            key: (value - o.lr * o.synth.relative_rate(key) * velocity[key]).detach()
+            for key, value in state.synth.params().items()
+        }
+        synth = state.synth.replace(moved)
         if match + 1 < matches:
-            weights = trained(
-                net,
-                weights,
-                x,
-                labels,
-                inner,
-                o.network_lr,
-                self._strategy(work),
-                rng.fold("train", state.step),
-            )
+            seen, strategy, here = synth.decode(), self._strategy(work), rng.fold("train", state.step)
+            weights = trained(net, weights, seen.x, seen.y, inner, o.network_lr, strategy, here)
         elif matches > 1:
             weights = drawn(net, rng.fold("network", number + 1))
-        synth = state.synth.replace({"images": x})
-        return GradientState(state.step + 1, synth, velocity, weights if matches > 1 else {}), {"loss": loss}
+        state = GradientState(state.step + 1, synth, velocity, weights if matches > 1 else {})
+        return state, {"loss": loss}
 
     def finish(self, state: GradientState, work: Workspace, rng: Rng) -> SynthSet:
         """The set as it stands; it is quantised when it is packed."""
@@ -151,22 +151,25 @@ class GradientMatching:
         )
 
     def _gradient(
-        self, synth: Pixels, work: Workspace, weights: Weights, rng: Rng
-    ) -> tuple[Float[Tensor, "m c h w"], Tensor]:
-        """The gradient of the loss for the pixels, class by class, and the loss."""
+        self, synth: SynthSet, work: Workspace, weights: Weights, rng: Rng
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient of the loss for the free tensors, class by class, and the loss."""
         spec, net = work.data.spec, work.extra["net"]
         classes = range(len(spec.classes))
         params = dsa.sample(rng.torch("augment"), self._strategy(work), len(classes), spec.shape[1:])
         real = work.data.draw(rng.torch("real"), classes, self.options.real_per_class)
-        gradient, total = torch.zeros_like(synth.images), torch.zeros((), device=synth.images.device)
+        free = {key: value.detach().requires_grad_() for key, value in synth.params().items()}
+        gradient = {key: torch.zeros_like(value) for key, value in free.items()}
+        labels, total = synth.decode().y, torch.zeros((), device=work.task.device)
         for label in classes:
-            own, row = synth.labels == label, params[torch.tensor([label])]
-            images = work.data.model_input(real[label].to(gradient.device))
+            row = params[torch.tensor([label])]
+            images = work.data.model_input(real[label].to(total.device))
             target = class_gradient(net, weights, dsa.apply(images, row), label)
-            x = synth.images[own].detach().requires_grad_()
+            x = synth.replace(free).decode((labels == label).nonzero().flatten()).x
             ours = class_gradient(net, weights, dsa.apply(x, row), label, differentiable=True)
             loss = gradient_distance(target, ours)
-            (gradient[own],) = torch.autograd.grad(loss, x)
+            for key, g in zip(free, torch.autograd.grad(loss, list(free.values())), strict=True):
+                gradient[key] += g
             total += loss.detach()
         return gradient, total
 

@@ -231,6 +231,21 @@ def test_a_misspelling_is_answered_with_the_nearest_name(words, near, call):
     assert f"Did you mean '{near}'?" in two_lines(err)[1]
 
 
+@pytest.mark.parametrize(
+    ("key", "level", "there", "elsewhere"),
+    [
+        ("foo", "Keys: ", "matcher", "steps"),
+        ("matcher.foo", "Keys of matcher: ", "steps", "ipc"),
+        ("matcher.synth.foo", "Keys of matcher.synth: ", "factor", "steps"),
+        ("matcher.steps.foo", "Keys of matcher: ", "steps", "ipc"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_those_of_its_level(key, level, there, elsewhere, call):
+    code, _, err = call("distill", "dataset=digits", "ipc=1", f"{key}=1")
+    listed = two_lines(err)[1].partition(level)[2].split(", ")
+    assert code == 2 and there in listed and elsewhere not in listed
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_every_command_names_it_and_its_keys(command, call):
     code, out, err = call(command, "--help")

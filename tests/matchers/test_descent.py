@@ -13,7 +13,7 @@ from ddengine.nets import NetSpec, build, resolve
 from ddengine.ops import dsa
 from ddengine.rng import Rng
 from ddengine.types import Budget, DataSpec, Images, Task
-from matchers import descent, target_bank
+from matchers import descent, descent_options, target_bank
 from matchers.attention import AttentionMatching, AttentionOptions, Statistics, attention_matching_loss
 from matchers.distribution import DistributionMatching, DistributionOptions
 
@@ -107,7 +107,7 @@ def test_a_step_is_the_formula_in_double_precision():
     )  # fmt: skip
     targets = descent.real_targets(work, net, draws, params, o, 7)
     synth = replace(state.synth, images=images)
-    weights = 0.01 * descent.width_factor(targets[-1].shape[1], True)
+    weights = 0.01 * descent_options.width_factor(targets[-1].shape[1], True)
 
     def loss(real, synthetic):
         pair = [Statistics(tuple(s[:-1]), s[-1]) for s in (real, synthetic)]
@@ -344,7 +344,7 @@ def test_real_images_as_their_own_synthetic_set_do_not_move():
 )
 def test_schedules_are_as_computed_by_hand(schedule, rates):
     for step, rate in enumerate(rates):
-        assert math.isclose(descent.scheduled(2.0, schedule, step, 6), rate, rel_tol=1e-12)
+        assert math.isclose(descent_options.scheduled(2.0, schedule, step, 6), rate, rel_tol=1e-12)
 
 
 def test_metrics_name_the_rate_of_the_step():
@@ -385,4 +385,4 @@ def test_bf16_follows_fp32():
 def test_fractions_of_a_step_are_refused():
     for key in ("steps", "chunk", "networks_per_step", "real_per_class", "bank_reuse", "bank_real"):
         with pytest.raises(UsageError, match=f"matcher.{key}=2.5 is out of range\nGive a whole number"):
-            descent.check_options(SimpleNamespace(**{**vars(QUICK), key: 2.5}))
+            descent_options.check_options(SimpleNamespace(**{**vars(QUICK), key: 2.5}))

@@ -16,6 +16,8 @@ from ddengine.ops import dsa
 from ddengine.rng import Rng
 from ddengine.testing import CLAUSES, check_matcher, image_task
 from ddengine.types import Budget, Task
+from matchers.parametrised import FormOptions, pulled_back
+from synth import Pixels
 
 if importlib.util.find_spec("ddengine_gradient_matching") is None:  # run from its folder, not installed
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -177,7 +179,23 @@ def test_it_keeps_the_contract():
     assert check_matcher(small(steps=4, inner=2, augment="none", start="noise"), image_task(2)) == list(
         CLAUSES
     )
+    for form in (FormOptions("factored"), FormOptions("compensated", compensators=1)):
+        assert check_matcher(small(steps=2, inner=1, augment="none", synth=form), image_task(3)) == list(
+            CLAUSES
+        )
     assert GradientMatching() == GRADIENT_MATCHING
+
+
+def test_the_gradient_of_grids_is_that_of_their_cells_pulled_back():
+    task, rng = image_task(2), Rng(3)
+    matcher = small(synth=FormOptions("factored"))
+    work, synth = matcher.prepare(task, rng), matcher.init(task, rng).synth
+    weights, seen = drawn(work.extra["net"], rng), synth.decode()
+    found, loss = matcher._gradient(synth, work, weights, rng)
+    plain = Pixels(seen.x, seen.y, synth.spec)
+    cells, same = matcher._gradient(plain, work, weights, rng)
+    assert loss.item() == same.item() and len(plain.images) == 4 * len(synth.images)
+    torch.testing.assert_close(found, pulled_back(synth, cells["images"]))
 
 
 def test_the_loss_falls():
