@@ -40,11 +40,12 @@ RUN = {
     if name not in OWN and any(kind != "text" for kind, _ in doc_blocks.blocks(path))
 }
 NAV = [
-    page
+    page if isinstance(page, str) else next(iter(page.values()))
     for part in yaml.safe_load(re.sub(r"!\S+", "", (TREE / "mkdocs.yml").read_text()))["nav"]
     for page in next(iter(part.values()))
 ]
-MADE = {"reference/cli.md", "reference/matcher_options.md", "reference/api.md", "contributing.md"}
+REFERENCE = {"reference/cli.md", "reference/matcher_options.md", "reference/api.md"}
+MADE = REFERENCE | {"contributing.md", "notebook.md", "examples.md"}
 
 
 def pictures(shape, each):
@@ -231,6 +232,13 @@ def test_the_site_builds_without_a_warning_and_has_every_page(site):
 def test_no_page_of_the_site_loads_anything_from_elsewhere(site):
     loads = r"<(?:script|img|iframe|source)[^>]*src=\"?(https?:[^\" >]*)|<link[^>]*href=\"?(https?:[^\" >]*)"
     assert [found for path in site.rglob("*.html") for found in re.findall(loads, path.read_text())] == []
+
+
+def test_the_examples_stand_on_the_site_with_what_they_print_and_draw(site):
+    page = (site / "examples.html").read_text()
+    assert all(f'id="{path.stem}"' in page for path in (TREE / "examples").glob("*.py"))
+    notebook = (site / "notebook.html").read_text()
+    assert "data:image/png;base64," in notebook and "images to learn from" in notebook
 
 
 def test_the_reference_has_every_command_key_and_option(site):
