@@ -54,7 +54,8 @@ def attention_rows(given: argparse.Namespace) -> Iterator[tuple[str, Step]]:
             reuse = attention_step.REUSE if kind == "bank" else 1
 
             def step(i: int, made: Any = made, block: int = block, reuse: int = reuse) -> object:
-                return made.step(i // reuse + i % reuse * block)
+                before, place = divmod(i, reuse * block)
+                return made.step(before * reuse * block + place // reuse + place % reuse * block)
 
             yield f"attention {kind} {precision}", step
 

@@ -7,22 +7,48 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ddengine.errors import EXIT_DONE, EXIT_FAILED, UsageError, one_line, unknown
 from ddengine.usage import BUFFERS, COMMANDS, FORMATS
 
+_results: ContextVar[TextIO | None] = ContextVar("_results", default=None)
+
+
+@contextmanager
+def result_alone() -> Iterator[None]:
+    """Inside, stdout is for what `show` writes, and what code of the user's prints goes to stderr."""
+    kept, real = sys.stdout, sys.stdout is sys.__stdout__ and None not in (sys.stdout, sys.stderr)
+    if real:  # processes that are started inside have it so too
+        sys.stdout.flush()
+        kept = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(2, 1)
+    token = _results.set(kept)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(token)
+        if real:
+            os.dup2(kept.fileno(), 1)
+            kept.close()
+
 
 def show(text: str) -> None:
     """Print a result on stdout; a reader that has left, such as `head`, is no failure."""
-    encoding = sys.stdout.encoding or "utf-8"
+    stream = _results.get() or sys.stdout
+    if stream is None:  # the process was started without one
+        return
+    encoding = stream.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python fails as it ends
 
 
 def _split(command: str, words: list[str]) -> tuple[Path, list[str]]:
@@ -177,7 +203,7 @@ def _audit(words: list[str], as_json: bool) -> int:
     from ddengine.console import Console
 
     path, overrides = _split("audit", words)
-    config = composed("audit", overrides, artefacts.manifest_values(path))
+    config = composed("audit", overrides, artefacts.manifest_values(path, overrides))
     with Console() as console:
         found = applying.run_audit(path, config, console.watch())
     show(json.dumps(found, allow_nan=False) if as_json else audit_text(found).rstrip("\n"))
@@ -191,7 +217,7 @@ def _evaluate(words: list[str], as_json: bool) -> int:
 
     path, overrides = _split("evaluate", words)
     graphs = artefacts.holds_graphs(artefacts.DistilledSet.load(artefacts.artefact(path)))
-    config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path))
+    config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path, overrides))
     with Console() as console:
         typed = shlex.join(["ddengine", "evaluate", *words])
         table = evaluating.run_evaluate(path, config, console.watch(), typed)
@@ -220,7 +246,9 @@ def _estimate(words: list[str], as_json: bool) -> int:
         else:
             path, overrides = _split(command, rest)
             graphs = artefacts.holds_graphs(artefacts.DistilledSet.load(artefacts.artefact(path)))
-            config = composed(f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path))
+            config = composed(
+                f"evaluate{'_graphs' * graphs}", overrides, artefacts.manifest_values(path, overrides)
+            )
             found = estimate_evaluate(path, config, console.watch())
     show(json.dumps(found.to_json(), allow_nan=False) if as_json else found.text())
     return EXIT_FAILED if found.lacking else EXIT_DONE
@@ -233,7 +261,7 @@ def _report(words: list[str], as_json: bool, html: str | None = None, compare: b
     from ddengine.runs import read_run, write_page
 
     if not words:
-        raise UsageError("report takes one RUN or more, not 0", "Write: ddengine report RUN ...")
+        raise UsageError("report takes one PATH or more, not 0", "Write: ddengine report PATH ...")
     runs = [read_run(Path(word)) for word in words]
     shown = [run.shown(len(runs)) for run in runs]
     pair = pair_of(shown, required=compare)

@@ -6,10 +6,10 @@ from typing import Any, get_type_hints
 
 from ddengine import files
 from ddengine.config import DatasetConfig, GraphDatasetConfig, NetworkConfig
-from ddengine.data import GRAPH_COLLECTIONS
-from ddengine.errors import ArtefactError, one_line
+from ddengine.data import GRAPH_COLLECTIONS, names
+from ddengine.errors import ArtefactError, UsageError, one_line
 from ddengine.graphs import GraphSpec
-from ddengine.nets import NetSpec
+from ddengine.nets import NetSpec, is_import_path
 from expert_buffers.manifest import FORMAT, MANIFEST, describe
 from expert_buffers.recipes import ExpertRecipe
 from expert_buffers.store import ExpertBuffer
@@ -18,7 +18,11 @@ from synth.card import describe_composites, describe_grids
 
 
 def artefact(path: Path) -> Path:
-    """The folder of the set at `path`: itself, or `distilled` in a run's folder (else ArtefactError)."""
+    """The folder of the set at `path`: itself, or `distilled` in a run's folder (else ArtefactError).
+
+    UsageError where there is nothing at all.
+    """
+    require_path(path)
     for folder in (path, path / "distilled"):
         if (folder / "manifest.json").is_file():
             return folder
@@ -29,19 +33,37 @@ def artefact(path: Path) -> Path:
     )
 
 
+def require_path(path: Path) -> None:
+    """Refuse a path at which there is nothing (UsageError)."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "Check the path; distill, import and demo name theirs")
+
+
 def run_of(path: Path) -> Path | None:
     """The run that the set at `path` belongs to, None for a set on its own."""
     folder = artefact(path).parent
     return folder if (folder / "run.json").is_file() else None
 
 
-def manifest_values(path: Path) -> dict[str, Any]:
-    """Keys and values that make `evaluate` use the dataset and network which the set at `path` names."""
+def manifest_values(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Keys and values that make `evaluate` use the dataset and network which the set at `path` names.
+
+    A network with an import path is left out where the `words` of a command say which networks to take.
+    Raises UsageError where neither they nor the set name data that a command can load.
+    """
     distilled = DistilledSet.load(artefact(path))
     dataset = named(distilled, "dataset")
     group = "collection" if holds_graphs(distilled) else "name"
     options = {f"dataset.{key}": value for key, value in dataset.items() if key != group}
-    return {"dataset": dataset[group], **options, "network": named(distilled, "network")["name"]}
+    loaded = (*names(), *GRAPH_COLLECTIONS)
+    if dataset[group] not in loaded and not any(word.startswith("dataset=") for word in words):
+        raise UsageError(
+            f"the set was made from '{dataset[group]}', which is no dataset that a command can load",
+            "Give dataset=NAME, or in Python: ddengine.evaluate(PATH, dataset=...) with the data itself",
+        )
+    values, network = {"dataset": dataset[group], **options}, named(distilled, "network")["name"]
+    several = any(word.startswith("networks=") for word in words)
+    return values if several and is_import_path(network) else {**values, "network": network}
 
 
 def holds_graphs(distilled: DistilledSet) -> bool:

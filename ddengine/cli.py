@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ddengine import __version__, origins
-from ddengine.actions import HANDLERS, show
+from ddengine.actions import HANDLERS, result_alone, show
 from ddengine.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -40,6 +40,13 @@ def main(arguments: Sequence[str] | None = None, *, pinned: bool = True) -> int:
         return _fail(error.cause, error.remedy, error.code, error)
     except KeyboardInterrupt as error:
         return _fail("interrupted", "Repeat the same command", EXIT_INTERRUPTED, error)
+    except SystemExit as error:  # of a plug-in or a network of the user's: nothing of ours calls it
+        return _fail(
+            f"code that was run ended the process: sys.exit({error.code!r})",
+            "Repair the plug-in or network that calls sys.exit; DDENGINE_DEBUG=1 shows where",
+            EXIT_FAILED,
+            error,
+        )
     except OSError as error:
         remedy = "Check the path, your rights to it, and the room on its disk"
         refused = f"the system refuses {error.filename}: {error.strerror}" if error.filename else str(error)
@@ -86,6 +93,7 @@ def _run(given: list[str]) -> int:
     if given[0] in ("--version", "-V"):
         show(f"ddengine {__version__}")
         return EXIT_DONE
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # or torch reads all packages' entry points
     command, rest = given[0], given[1:]
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
@@ -94,7 +102,7 @@ def _run(given: list[str]) -> int:
     flags = [word for word in rest if word.startswith("-")]
     for flag in flags:
         if flag not in (*FLAGS, *OWN_FLAGS.get(command, {})):
-            raise unknown("flag", flag, (*FLAGS, *known, *OWN_FLAGS.get(command, {})))
+            raise _unknown_flag(command, flag)
     if "--help" in flags or "-h" in flags:
         chosen = [word.partition("=")[2] for word in rest if word.startswith("matcher=")]
         show(help_text(command) + (matcher_options(chosen[-1]) if chosen and command == "distill" else ""))
@@ -103,7 +111,16 @@ def _run(given: list[str]) -> int:
     if origins.SiblingFinder not in sys.meta_path:
         origins.check()
     own = {flag.removeprefix("--"): True for flag in OWN_FLAGS.get(command, {}) if flag in flags}
-    return HANDLERS[command](words, "--json" in flags, **values, **own)
+    with result_alone():
+        return HANDLERS[command](words, "--json" in flags, **values, **own)
+
+
+def _unknown_flag(command: str, flag: str) -> UsageError:
+    """The error for a flag that a command does not have; a key that was typed as a flag is shown as a key."""
+    key = flag.lstrip("-").partition("=")[0]
+    if key in {word.partition("=")[0] for word in KEYS.get(command, "").split()}:
+        return UsageError(f"unknown flag '{flag}'", f"Write it as a key: {key}=VALUE")
+    return unknown("flag", flag, (*FLAGS, *VALUED.get(command, {}), *OWN_FLAGS.get(command, {})))
 
 
 def _values(words: list[str], known: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

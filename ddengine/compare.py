@@ -138,7 +138,8 @@ def _compared(
         )
     built = _first_difference(mine["network_spec"], theirs["network_spec"], network)
     if built is not None:
-        raise _refused(built, "with the same networks")
+        option = built.removeprefix(f"{network}.").partition(" ")[0]
+        raise _refused(built, f"with the same networks, such as network.{option}=VALUE")
     return Comparison(
         network, metric, tuple(mine["values"]), tuple(theirs["values"]), _cost(mine, theirs, a, b)
     )
@@ -220,7 +221,10 @@ def pair_of(runs: Sequence[Mapping[str, Any]], *, required: bool = False) -> Pai
         raise UsageError(f"a comparison takes two runs, not {len(runs)}", "Write: report --compare A B")
     for run in runs if required else ():
         if run["table"] is None:
-            raise UsageError(f"{run['path']} is not evaluated", f"Write: ddengine evaluate {run['path']}")
+            kept = "" if run["commands"]["distill"] else " out=DIR, then compare that DIR"
+            raise UsageError(
+                f"{run['path']} is not evaluated", f"Write: ddengine evaluate {run['path']}{kept}"
+            )
     if len(runs) != 2 or any(run["table"] is None for run in runs):
         return None
     (a, b), (mine, theirs) = ([run[key] for run in runs] for key in ("path", "table"))

@@ -223,7 +223,8 @@ def _check_choice(command: str, choice: Override) -> None:
         find_network(value)
         return
     if not isinstance(value, str) or value not in _known(group):
-        raise unknown(group, (choice.input_line or "").partition("=")[2], _known(group))
+        typed = (choice.input_line or "").partition("=")[2]
+        raise unknown(group, typed.strip("'\""), _known(group))
 
 
 def _keys(node: DictConfig, path: str = "") -> Iterator[str]:

@@ -60,7 +60,8 @@ class Console:
             if self.progress is not None:
                 text = " ".join(f"{key} {value:.4g}" for key, value in values.items())
                 rate = (done - first[0]) / max(time.monotonic() - began, 1e-9)
-                self.progress.update(bar, completed=done, total=total, values=f"{text} {rate:.2f}/s")
+                speed = f" {rate:.2f}/s" if rate > 0 else ""
+                self.progress.update(bar, completed=done, total=total, values=f"{text}{speed}")
 
         return show
 
@@ -76,8 +77,9 @@ def _lines(title: str) -> Callable[[int, int, Mapping[str, float]], None]:
             return
         last[0] = now
         rate = (done - first[0]) / max(now - began, 1e-9)
-        left = f"{(total - done) / rate:.0f} s left" if rate > 0 else "?"
+        speed = f", {rate:.2f}/s" if rate > 0 else ""
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         text = "".join(f", {key} {value:.4g}" for key, value in values.items())
-        print(f"{title}: {done}/{total}{text}, {rate:.2f}/s, {left}", file=sys.stderr, flush=True)
+        print(f"{title}: {done}/{total}{text}{speed}{left}", file=sys.stderr, flush=True)
 
     return show

@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import matchers
 from ddengine import checkpoint
 from ddengine.data import graph_source, registry
-from ddengine.errors import DDError
 from ddengine.identity import evaluation_recipe, run_identity
+from ddengine.loop import LOGGED
 from ddengine.reruns import Run, copied, global_rng_untouched, run, same, unchanged
 from ddengine.rng import Rng
 from ddengine.types import Matcher, Task
@@ -36,6 +37,11 @@ class Case:
     def straight(self) -> Run:
         """The run from the start, made once."""
         return self.run()
+
+    @property
+    def taken(self) -> bool:
+        """Whether the matcher has taken the task: the run from the start was made."""
+        return "straight" in vars(self)
 
     def run(self, state: Any = None) -> Run:
         """Another run, from its start or from `state`."""
@@ -60,17 +66,43 @@ def frozen_value(case: Case) -> str | None:
 
 
 def counted_steps(case: Case) -> str | None:
-    """States count their steps from 0, one by one, to `steps(task)`."""
-    steps, seen = case.matcher.steps(case.task), [state.step for state in case.straight.states]
+    """States count their steps from 0, one by one, to `steps(task)`, a whole number that may be 0."""
+    steps = case.matcher.steps(case.task)
+    if not isinstance(steps, int) or steps < 0:
+        return f"steps(task) says {steps!r}, which is no whole number from 0 on"
+    seen = [state.step for state in case.straight.states]
     return None if seen == list(range(steps + 1)) else f"its states say step {seen}, steps(task) says {steps}"
 
 
-def finite_metrics(case: Case) -> str | None:
-    """Every metric is a finite number."""
+def finite_numbers(case: Case) -> str | None:
+    """Every metric and all of the set is finite; no state holds NaN (a running minimum starts from inf)."""
     for step, metrics in enumerate(case.straight.metrics, 1):
         for key, value in metrics.items():
             if not math.isfinite(value):
                 return f"{key} is {value} after step {step}"
+    for state in case.straight.states:
+        path = _first(state, torch.isnan)
+        if path is not None:
+            return f"the state of step {state.step} holds NaN in '{path}'"
+    path = _first(case.straight.synth, lambda x: ~torch.isfinite(x))
+    return None if path is None else f"the set holds what is not finite in '{path}'"
+
+
+def _first(value: Any, bad: Callable[[Tensor], Tensor]) -> str | None:
+    """The path of the first number or tensor of a state or a set that is bad somewhere."""
+    for path, leaf in checkpoint.leaves(value):
+        if isinstance(leaf, Tensor | float) and bool(bad(torch.as_tensor(leaf)).any()):
+            return path
+    return None
+
+
+def named_metrics(case: Case) -> str | None:
+    """Metrics have texts for names, none of them a name under which the log of a run says something else."""
+    for key in {key: None for metrics in case.straight.metrics for key in metrics}:
+        if not isinstance(key, str):
+            return f"a metric is called {key!r}, which is no text"
+        if key in LOGGED:
+            return f"a metric is called '{key}', as what the log says itself ({', '.join(LOGGED)})"
     return None
 
 
@@ -212,13 +244,10 @@ def stored(case: Case) -> str | None:
     folder = case.folder / "set"
     recipe = evaluation_recipe(case.task, case.matcher)
     provenance = run_identity(case.task, case.matcher, case.seed)
-    try:
-        made = DistilledSet.make(synth, recipe=recipe, provenance=provenance)
-        made.save(folder)
-        read = DistilledSet.load(folder)
-        verify(folder)
-    except DDError as error:
-        return error.cause
+    made = DistilledSet.make(synth, recipe=recipe, provenance=provenance)
+    made.save(folder)
+    read = DistilledSet.load(folder)
+    verify(folder)
     if made.nbytes != synth.nbytes or sum(t.nbytes for t in synth.pack().values()) != synth.nbytes["total"]:
         return f"it says {dict(synth.nbytes)} bytes, stored are {made.nbytes}"
     if {key: read.manifest[key] for key in made.manifest} != made.manifest:
@@ -231,7 +260,8 @@ def stored(case: Case) -> str | None:
 CLAUSES: dict[str, Clause] = {
     "a frozen value": frozen_value,
     "steps are counted": counted_steps,
-    "metrics are finite": finite_metrics,
+    "numbers are finite": finite_numbers,
+    "metrics have names of their own": named_metrics,
     "inputs are left alone": input_untouched,
     "same seed, same bits": same_seed,
     "a workspace changes no result": any_workspace,

@@ -69,6 +69,10 @@ def _package(name: str) -> Finding:
 
 def _torchvision() -> Finding:
     try:
+        import_module("torch")
+    except Exception as error:
+        return Finding("torchvision fits torch", False, f"torch does not load: {plugins.said(error)}")
+    try:
         import_module("torchvision.ops")  # its compiled part fails here when it does not fit torch
     except Exception as error:
         cause = " ".join(str(error).split())

@@ -15,6 +15,7 @@ from ddengine.artefacts import artefact, holds_graphs, named, run_of
 from ddengine.config import EvaluateConfig, EvaluateGraphsConfig, RecipeConfig
 from ddengine.data import Dataset, GraphDataset
 from ddengine.errors import ArtefactError, UsageError, require, unknown
+from ddengine.evaluated import write_table
 from ddengine.evaluating_graphs import evaluate_graphs, run_evaluate_graphs
 from ddengine.given import Watch, device_of, load_named, precision_of, tuples
 from ddengine.graph_train import GraphRecipe
@@ -24,7 +25,6 @@ from ddengine.nets.core import NetSpec
 from ddengine.ops.dsa import strategy_for
 from ddengine.parallel import workers_of
 from ddengine.protocols import STANDARD, Protocol, parse_protocol
-from ddengine.seals import write_sealed
 from ddengine.subject import check_kind, check_same, chosen, networks_of
 from ddengine.tables import Table
 from ddengine.train import Recipe
@@ -61,8 +61,9 @@ def evaluate(
     `robust` and `severity` see `judge.evaluate`; rows that depend on data and recipe alone are kept in the
     folder `kept` for the next set. The last checkpoints of `experts` are the teachers that label, else those
     stored in the set. With `out`, or for the set of a run, each trained network is one line of
-    `results.jsonl` there, and the newest table is `table.json`, with the `command` that was typed. Raises
-    UsageError, also where another process writes there.
+    `results.jsonl` there, and the newest table is `table.json`, with the `command` that was typed; beside it
+    `set.json` says where the set lies, if not there. Raises UsageError, also where another process writes
+    there.
     """
     distilled = path if isinstance(path, DistilledSet) else DistilledSet.load(artefact(Path(path)))
     check_kind(distilled, dataset, recipe)
@@ -112,7 +113,7 @@ def evaluate(
         )
         table = replace(table, command=command)
         if folder is not None:
-            write_sealed(folder / "table.json", table.to_json())
+            write_table(folder, table.to_json(), path)
     return table
 
 
@@ -171,7 +172,9 @@ def run_evaluate(
         table = run_evaluate_graphs(path, config, watch, command)
     else:
         table = _run_images(path, config, watch, command)
-    if folder is not None:
+    if folder is None:
+        watch.notice("note: this table is not kept: with out=DIR it is, and ddengine report DIR shows it")
+    else:
         means = {f"{row['network']}/{row['name']}": row["mean"] for row in table.to_json()["rows"]}
         with tracking.following(names, folder, tracking.settings(config), watch.notice) as tell:
             tell(None, means)

@@ -12,6 +12,7 @@ from ddengine.artefacts import artefact, holds_graphs, named, run_of
 from ddengine.config import EvaluateGraphsConfig
 from ddengine.data import GraphDataset
 from ddengine.errors import UsageError
+from ddengine.evaluated import write_table
 from ddengine.given import Watch, load_named, tuples
 from ddengine.graph_train import GraphRecipe
 from ddengine.graphs import Graphs
@@ -19,7 +20,6 @@ from ddengine.locks import results_log
 from ddengine.nets.core import NetSpec
 from ddengine.ops.dag import Trees, trees_of
 from ddengine.parallel import workers_of
-from ddengine.seals import write_sealed
 from ddengine.subject import check_kind, check_same, chosen, networks_of, own_network
 from ddengine.tables import Table
 from matchers.tree_evidence import graph_labels
@@ -82,7 +82,7 @@ def evaluate_graphs(
         )
         table = replace(table, command=command)
         if folder is not None:
-            write_sealed(folder / "table.json", table.to_json())
+            write_table(folder, table.to_json(), path)
     return table
 
 

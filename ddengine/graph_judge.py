@@ -34,7 +34,7 @@ from ddengine.ops.dag import Trees, histogram, trees_of
 from ddengine.parallel import job_pool, one_thread
 from ddengine.rng import Rng
 from ddengine.scores import table_scores
-from ddengine.tables import PROTOCOL, Row, Table, cost_of, label_networks
+from ddengine.tables import PROTOCOL, Row, Table, cost_of, label_networks, sizes_of
 from synth.forest import as_stored
 from synth.graph_starts import GRAPH_SELECTIONS, per_class, within_bytes
 from synth.graph_subset import stored_graphs
@@ -136,6 +136,7 @@ def evaluate_graphs(
     matches = mine == theirs if mine and theirs else None
     cost = cost_of(distilled.manifest)
     trained = seeds if protocol == PAPER else None
+    parts, untested = sizes_of(dataset.spec.classes, dataset.fit, dataset.validation, dataset.test)
     return Table(
         dataset.spec.name,
         tuple(table),
@@ -147,6 +148,8 @@ def evaluate_graphs(
         protocol=protocol,
         seeds=trained,
         fingerprint=dataset.spec.fingerprint,
+        parts=parts,
+        untested=untested,
     )
 
 

@@ -51,7 +51,7 @@ from ddengine.robust import CORRUPTIONS, SEVERITIES
 from ddengine.scores import table_scores
 from ddengine.sealed import Sealed
 from ddengine.stacked import judging
-from ddengine.tables import Row, Table, cost_of, label_networks, measures_of
+from ddengine.tables import Row, Table, cost_of, label_networks, measures_of, sizes_of
 from ddengine.train import Recipe
 from ddengine.types import Images
 
@@ -121,6 +121,7 @@ def evaluate(
         finals = [Job(*pair, chosen[pair[1:]], i) for pair in pairs for i in range(seeds)]
         scored = [report(record) for record in keeping.run(results, finals)]
     table = tuple(_row(bench, distilled, net, label, row, tried + scored) for net, label, row in pairs)
+    parts, untested = sizes_of(dataset.spec.classes, dataset.fit, dataset.validation, dataset.test)
     return Table(
         dataset.fit.spec.name,
         table,
@@ -132,6 +133,8 @@ def evaluate(
         protocol=protocol.name,
         protocol_spec=protocol.to_dict(),
         fingerprint=dataset.fit.spec.fingerprint,
+        parts=parts,
+        untested=untested,
     )
 
 

@@ -29,7 +29,8 @@ Log = Callable[[Mapping[str, Any]], None]
 def writing(folder: Path | None, notice: Notice | None = None) -> Iterator[None]:
     """Inside, no other process writes into `folder`, which is made where it is missing; None locks nothing.
 
-    Raises UsageError naming the process that has the folder. A folder that this process may not write in is
+    Where it fails with nothing written, a folder that was made here is removed. Raises UsageError naming the
+    process that has the folder. A folder that this process may not write in is
     not locked: a first write will say so. `notice` hears of a file system that has no locks.
     """
     if folder is None:
@@ -37,12 +38,19 @@ def writing(folder: Path | None, notice: Notice | None = None) -> Iterator[None]
         return
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"out={folder} is a file", "Choose another out=DIR")
+    made = not folder.exists()
     files.make_folder(folder)
     if not os.access(folder, os.W_OK):
         yield
         return
-    with alone(folder / LOCK, f"out={folder}", notice):
-        yield
+    try:
+        with alone(folder / LOCK, f"out={folder}", notice):
+            yield
+    except BaseException:
+        if made:
+            with suppress(OSError):  # it holds something, or another process took it
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ddengine.types import Matcher, Metrics, Task, Workspace
 from synth import DistilledSet
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
+LOGGED = ("step", "seconds")  # what a record of metrics.jsonl says beside a matcher's metrics
 PATIENCE = 20  # steps in a row that a matcher leaves out before a run ends
 
 
@@ -69,8 +70,10 @@ def distill(
     Where torchrun started several processes they share the replicas of the task: the first keeps `out` and
     has the result's folder, and ProcessLostError is what the others raise when one dies.
     """
+    task = task.settled(matcher.accepts.bf16)
     check_fit(task, matcher)
     check_memory(task, matcher)
+    evaluation_recipe(task, matcher)  # refuses now what could not be stored at the end
     identity = run_identity(task, matcher, seed)
     # one thread: the same bits for any number of processes
     exact = one_thread() if task.replicas > 1 and task.device.type == "cpu" else nullcontext()
@@ -82,6 +85,7 @@ def distill(
         ranks.from_first(lambda: held.enter_context(writing(run.folder, watch[1])))
         finished = ranks.from_first(lambda: None if run.out is None else open_run(run.out, identity))
         if finished is not None:
+            watch[1](f"note: {run.out} is finished, and is returned as it is")
             seconds = float(finished.manifest["provenance"]["seconds"])
             return Result(finished, run.folder, run.steps, seconds, run.steps)
         return _work(task, matcher, Rng(seed), run, identity, config, *watch)
@@ -257,7 +261,8 @@ def _log(state: Any, metrics: Metrics, run: _Run, progress: Progress | None) -> 
     """Write the metrics of the state's last step and show them (DDError where the run cannot go on).
 
     A matcher that leaves steps out says how many up to now ("in_row"): what is not finite in those is no
-    metric, and PATIENCE of them, or more than one at the end, end the run.
+    metric, and PATIENCE of them, or more than one at the end, end the run. Metrics called as LOGGED are left
+    out.
     """
     values = {key: float(value) for key, value in metrics.items()}
     in_row = int(values.pop("in_row", 0))
@@ -276,7 +281,7 @@ def _log(state: Any, metrics: Metrics, run: _Run, progress: Progress | None) -> 
             "Lower matcher.lr and look for values of the data that are out of range; the last good state "
             "stays in checkpoints/",
         )
-    values = {key: value for key, value in values.items() if math.isfinite(value)}
+    values = {key: value for key, value in values.items() if math.isfinite(value) and key not in LOGGED}
     if run.folder is not None:
         seconds = round(time.monotonic() - run.began, 3)
         files.append_json_line(

@@ -19,7 +19,7 @@ from typing import Any
 from ddengine.compose import composed, swept
 from ddengine.config import MultirunConfig
 from ddengine.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, UsageError, require_positive, unknown
-from ddengine.files import make_folder
+from ddengine.files import make_folder, refused
 from ddengine.given import Notice
 from ddengine.parallel import signals
 from ddengine.slurm import submit
@@ -98,6 +98,8 @@ def launch(command: str, jobs: Sequence[Job], config: MultirunConfig, notice: No
         require_positive("jobs", config.jobs)
     for job in jobs:
         make_folder(job.log.parent)
+        with refused(f"write {job.log}"):
+            job.log.open("ab").close()
     if config.launcher == "slurm":
         lines = [(job.line(command), str(job.log)) for job in jobs]
         ids = submit(lines, jobs[0].log.parent / "slurm", config.jobs, config.slurm)

@@ -15,10 +15,10 @@ from ddengine.report import (
     cost_grid,
     costs,
     not_evaluated,
+    notes,
     results,
     settings,
     title,
-    verdicts,
 )
 
 SCORES_SAID = (
@@ -91,7 +91,7 @@ def _evaluation(run: Mapping[str, Any]) -> Iterator[str]:
     for table in by_metric(run["table"]):
         shown = results(table)
         yield sortable(shown)
-        yield "".join(f"<p>{text(verdict)}</p>" for verdict in verdicts(table))
+        yield "".join(f"<p>{text(verdict)}</p>" for verdict in notes(table))
         metric = shown.head[LEFT].removesuffix(" %")
         said = f"{metric[:1].upper()}{metric[1:]}, 0 to 100 %, with 95 % intervals of the mean"
         yield f"<h3>{text(said)}</h3>{bars(table, shown)}"

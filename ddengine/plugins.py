@@ -39,12 +39,16 @@ class Plugin:
 
     def load(self, problem: Problem) -> Any:
         """Import what the entry points to; UsageError where that fails or `problem` finds one."""
+        if EntryPoint.pattern.match(self.value) is None:
+            raise self.refused("points to no MODULE:NAME")
         try:
             found = EntryPoint(self.name, self.value, GROUPS[self.kind]).load()
             wrong = problem(found)
         except UsageError:
             raise
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self.refused(f"does not load: {said(error)}") from error
         if wrong:
             raise self.refused(wrong)
@@ -110,8 +114,10 @@ def _adding() -> list[Distribution]:
 def _mentions(dist: Distribution) -> bool:
     try:
         text = dist.read_text(FILE) or ""
-    except (OSError, UnicodeError):
+    except OSError:
         return False
+    except UnicodeError:  # which `_read` will say of it
+        return True
     return any(f"[{group}]" in text for group in GROUPS.values())
 
 

@@ -63,7 +63,7 @@ def task(
     budget = None if graphs and ipc is None and nbytes is None else Budget(ipc, nbytes)
     made: dict[str, Any] = {"budget": budget, "experts": experts, "device": where, "workers": workers}
     made["replicas"] = replicas
-    precise = precision_of(precision, where)
+    precise = precision if (precision, where.type) == ("auto", "cuda") else precision_of(precision, where)
     if load and not isinstance(source, str):
         raise UsageError(f"{next(iter(load))} is for a dataset's name, not for loaded images", "Leave it out")
     if isinstance(source, Images):

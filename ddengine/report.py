@@ -21,7 +21,7 @@ def table_text(table: Mapping[str, Any]) -> str:
     """The table as aligned plain text for each metric: a title, one line per row, the verdict; its scores."""
     parts = []
     for found in by_metric(table):
-        head, said = one_line(title(found)), map(one_line, verdicts(found))
+        head, said = one_line(title(found)), map(one_line, notes(found))
         parts.append("\n".join([head, "", results(found).text(), "", *said]).rstrip())
     parts += [f"{one_line(name)}\n\n{grid.text()}" for name, grid in beside(table)]
     return "\n\n".join(parts) + "\n"
@@ -31,8 +31,8 @@ def table_markdown(table: Mapping[str, Any]) -> str:
     """The table as Markdown for each metric, title above, verdict below as a list; then its scores."""
     parts = []
     for found in by_metric(table):
-        notes = [f"- {literal(verdict)}" for verdict in verdicts(found)]
-        lines = [f"**{literal(title(found))}**", "", results(found).markdown(), "", *notes]
+        said = [f"- {literal(note)}" for note in notes(found)]
+        lines = [f"**{literal(title(found))}**", "", results(found).markdown(), "", *said]
         parts.append("\n".join(lines).rstrip())
     parts += [f"**{literal(name)}**\n\n{grid.markdown()}" for name, grid in beside(table)]
     return "\n\n".join(parts) + "\n"
@@ -225,18 +225,22 @@ def settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     identity, made = run["run"], run["set"]
     dataset, matcher = identity["dataset"], identity["matcher"]
     shape, kind = "x".join(map(str, dataset["shape"])), dataset.get("kind", "images")
-    shape = f"images of {shape}" if kind == "images" else f"graphs of {shape} node label codes"
+    if shape:
+        shape = f"images of {shape}" if kind == "images" else f"graphs of {shape} node label codes"
     options = {key: value for key, value in matcher.items() if key not in ("type", "options", "network")}
     network = matcher.get("network") if made is None else made["recipe"].get("network")
     found = [
-        ("dataset", f"{dataset['name']}, {shape}, {dataset.get('preprocessing', '?')}"),
+        ("dataset", ", ".join(filter(None, [dataset["name"], shape, dataset.get("preprocessing", "")]))),
         ("classes", "" if made is None else _some(made["dataset"]["classes"])),
         ("matcher", matcher["type"]),
         ("options", _pairs({**options, **(matcher.get("options") or {})})),
         ("network", _pairs(network)),
         ("budget", _pairs(identity["budget"])),
         ("experts", _pairs(identity.get("experts"))),
-        ("seed", f"{identity.get('seed', '?')}, precision {identity.get('precision', '?')}"),
+        (
+            "seed",
+            f"{identity['seed']}, precision {identity.get('precision', '?')}" if "seed" in identity else "",
+        ),
         *([] if made is None else _made(made)),
     ]
     return [(name, str(text)) for name, text in found if text]
@@ -246,8 +250,9 @@ def _made(made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     how, what = made["provenance"], "items" if "trees" in made["budget"] else "images"
     yield "size", f"{made['count']} {what} ({made['kind']}, labels: {made['y_kind']})"
     yield "bytes", ", ".join(f"{part} {size:,}" for part, size in _parts(made["budget"]).items())
-    steps = f"{how.get('steps', '?')} steps on {how.get('device', '?')}, threads {how.get('threads', '?')}"
-    yield "made in", steps
+    if "steps" in how:
+        done = f"{how['steps']} steps on {how.get('device', '?')}, threads {how.get('threads', '?')}"
+        yield "made in", done
     yield "versions", _pairs(how.get("versions"))
 
 
@@ -277,6 +282,19 @@ def title(table: Mapping[str, Any]) -> str:
 def selected(table: Mapping[str, Any]) -> bool:
     """Whether the scored weights of a table are those that are best on the test part."""
     return (table.get("protocol_spec") or {}).get("select") == "best on test"
+
+
+def notes(table: Mapping[str, Any]) -> list[str]:
+    """Lines below a table: its verdicts, on how many examples it rests, and what makes it say less."""
+    parts, untested = _mapping(table.get("parts")), table.get("untested") or ()
+    found = verdicts(table)
+    if parts:
+        sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+        found.append(f"examples: {sizes}")
+    if untested:
+        named = ", ".join(f"'{name}'" for name in untested[:SHOWN])
+        found.append(f"warning: the test part has no example of {named}: scores are of the other classes")
+    return found
 
 
 def verdicts(table: Mapping[str, Any], subject: str = SUBJECT) -> list[str]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddengine import files
-from ddengine.artefacts import is_buffer
+from ddengine import evaluated, files
+from ddengine.artefacts import is_buffer, require_path
 from ddengine.commands import distill_command, evaluate_command
 from ddengine.errors import ArtefactError, UsageError
+from ddengine.evaluated import set_folder
 from ddengine.report import SCORES, costs
 from ddengine.run_folder import RUN_FORMAT, RUN_KEYS
 from ddengine.seals import read_sealed
@@ -23,7 +24,7 @@ from synth.tiles import TileRow, tile_rows
 Record = dict[str, Any]
 Check = Callable[[Any], bool]
 SHEET_ROOM, PREVIEW_ROOM = 5 << 20, 3 << 20  # bytes of base64 in a page, so that it stays under 10 MB
-CARD_MAX = 100_000
+RUN, CARD_MAX = "run.json", 100_000
 NO_METRICS = ("step", "seconds", "expert", "epoch")
 
 
@@ -93,15 +94,18 @@ def _sheet(made: DistilledSet | None, rows: Sequence[TileRow]) -> Record | None:
 
 
 def read_run(path: Path) -> Run:
-    """Read the run in the folder `path`, finished or not, evaluated or not.
+    """Read the run in the folder `path`, finished or not, evaluated or not; or a set; or the folder of an
+    evaluation (`evaluate SET out=DIR`) with the set that it judged, if that is still there.
 
-    Raises ArtefactError for a folder that is no run, and for a file of it that is damaged.
+    Raises ArtefactError for a folder that is none of these, and for a file of it that is damaged; UsageError
+    where there is nothing.
     """
-    identity = _identity(path)
+    require_path(path)
+    table = _table(path / evaluated.TABLE)
+    folder = set_folder(path)
+    distilled = None if folder is None else DistilledSet.load(folder)
+    identity = _identity(path) if (path / RUN).is_file() else _told(path, distilled, table)
     curves = _curves(path / "metrics.jsonl")
-    table = _table(path / "table.json")
-    folder = path / "distilled"
-    distilled = DistilledSet.load(folder) if folder.is_dir() else None
     held = set() if distilled is None else set(distilled.manifest["files"])
     return Run(
         path,
@@ -109,8 +113,8 @@ def read_run(path: Path) -> Run:
         table,
         curves,
         distilled,
-        (folder / PREVIEW).read_bytes() if PREVIEW in held else None,
-        _card(folder / CARD) if CARD in held else None,
+        (folder / PREVIEW).read_bytes() if folder and PREVIEW in held else None,
+        _card(folder / CARD) if folder and CARD in held else None,
         {
             "distill": distill_command(path / "config.yaml"),
             "evaluate": evaluate_command(path, table),
@@ -133,11 +137,26 @@ def write_page(path: Path, document: str) -> None:
     files.write_bytes(path, document.encode())
 
 
-def _identity(path: Path) -> Record:
-    marker = path / "run.json"
-    if not marker.is_file():
+def _told(path: Path, distilled: DistilledSet | None, table: Record | None) -> Record:
+    """The identity that a set of no run, or the table of an evaluation whose set is gone, lets one tell."""
+    if distilled is None and table is None:
         what = "is an expert buffer, not a run" if is_buffer(path) else "is not a run: it holds no run.json"
-        raise ArtefactError(f"{path} {what}", "Give the folder that distill or demo made")
+        raise ArtefactError(
+            f"{path} {what}", "Give a run, a distilled set, or the folder that evaluate was given as out=DIR"
+        )
+    made = {} if distilled is None else distilled.manifest["provenance"]
+    about = {} if distilled is None else distilled.manifest["dataset"]
+    dataset = {"name": about.get("name") or (table or {})["dataset"], "shape": about.get("shape", [])}
+    dataset |= {"preprocessing": about["preprocessing"]} if "preprocessing" in about else {}
+    found = {"dataset": dataset, "matcher": {"type": "not known"}, "budget": None}
+    found |= {key: made[key] for key in ("dataset", "matcher", "budget", "seed", "precision") if key in made}
+    if not _fits(IDENTITY, found):
+        raise ArtefactError(f"{path} is damaged: its provenance tells no matcher", "Make the set again")
+    return found
+
+
+def _identity(path: Path) -> Record:
+    marker = path / RUN
     found = read_sealed(marker, RUN_KEYS)
     identity = found.get("identity") if isinstance(found, dict) else None
     checks: dict[str, Check] = {"format": lambda value: value == RUN_FORMAT, "identity": _mapping}
@@ -242,6 +261,8 @@ TABLE: dict[str, Check] = {
     "cost": _maybe(_mapping),
     "seeds": _maybe(_whole),
     "command": _maybe(_typed),
+    "parts": _maybe(lambda value: _mapping(value) and all(map(_whole, value.values()))),
+    "untested": _maybe(lambda value: type(value) is list and all(map(_text, value))),
     "protocol_spec": _maybe(_mapping),
     "scores": _maybe(
         lambda value: (

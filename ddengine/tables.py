@@ -58,6 +58,23 @@ def cost_of(manifest: Mapping[str, Any]) -> Record:
 
 
 @runtime_checkable
+class Counted(Protocol):
+    """A part of a dataset, as far as its size goes."""
+
+    @property
+    def counts(self) -> list[int]: ...
+
+
+def sizes_of(
+    classes: Sequence[str], fit: Counted, validation: Counted, test: Counted
+) -> tuple[Record, tuple[str, ...]]:
+    """How many examples each part has, and the names of the classes that the test part has none of."""
+    parts = {"fit": sum(fit.counts), "validation": sum(validation.counts), "test": sum(test.counts)}
+    untested = (name for name, count in zip(classes, test.counts, strict=True) if not count)
+    return parts, tuple(untested)
+
+
+@runtime_checkable
 class Spelled(Protocol):
     """A recipe, as far as a table shows it."""
 
@@ -116,6 +133,8 @@ class Table:
     protocol_spec: Record = field(default_factory=dict)
     fingerprint: str = ""  # of the dataset
     command: str = ""  # that made it, as it was typed
+    parts: Record = field(default_factory=dict)  # examples in the fit, validation and test part
+    untested: tuple[str, ...] = ()  # classes of which the test part has none
 
     def to_json(self) -> Record:
         """The object that `evaluate --json` prints: plain JSON values, fractions, no NaN."""
@@ -126,5 +145,7 @@ class Table:
         spec = {"protocol_spec": dict(self.protocol_spec)} if self.protocol_spec else {}
         data: Record = {"source_matches": self.source_matches}
         data |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        data |= {"parts": dict(self.parts)} if self.parts else {}
+        data |= {"untested": list(self.untested)} if self.untested else {}
         typed = {"command": self.command} if self.command else {}
         return head | setting | trained | data | spec | typed

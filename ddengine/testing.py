@@ -1,6 +1,8 @@
 """For authors of matchers: one call that holds a matcher to the contract that all of ours keep."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +50,28 @@ def check_matcher(
     for no experts where it needs them, and for more than 20 steps.
     """
     made = _made(matcher, network, options)
-    wrong = matchers.problem(made)
+    with _blamed("a frozen value"):
+        wrong = matchers.problem(made)
     if wrong:
         raise ContractError("a frozen value", f"it {wrong}")
     given = _task_for(made) if task is None else task
     check_fit(given, made)
-    steps = made.steps(given)
-    if steps > MOST_STEPS:
-        raise UsageError(
-            f"a contract is checked over at most {MOST_STEPS} steps, this matcher takes {steps}",
-            "Give few, such as check_matcher(NAME, steps=3), or a value with such options",
-        )
+    with _blamed("steps are counted"):
+        _check_few(made.steps(given))
     with tempfile.TemporaryDirectory() as folder:
         case = Case(made, given, seed, Path(folder))
         for clause in CLAUSES:
             _hold(case, clause)
     return list(CLAUSES)
+
+
+def _check_few(steps: Any) -> None:
+    """Refuse more steps than can be checked (UsageError); what is no number of steps breaks a clause."""
+    if isinstance(steps, int) and steps > MOST_STEPS:
+        raise UsageError(
+            f"a contract is checked over at most {MOST_STEPS} steps, this matcher takes {steps}",
+            "Give few, such as check_matcher(NAME, steps=3), or a value with such options",
+        )
 
 
 def image_task(ipc: int = 1) -> Task:
@@ -110,8 +118,10 @@ def _made(matcher: Any, network: NetSpec | None, options: dict[str, Any]) -> Any
         kind = matchers.find(matcher).accepts.source
         return matchers.make(matcher, network or NETWORKS.get(kind, NETWORKS["images"]), **options)
     if options or network:
+        given = ", ".join([*options, *(["network"] if network else [])])
         raise UsageError(
-            "options and network are for a matcher given by its name", "Give a value that has them"
+            f"{given}: options of a matcher that is given by its name, and this is a value",
+            "Give a value that was made with them, or the name",
         )
     return matcher
 
@@ -127,11 +137,22 @@ def _task_for(matcher: Matcher[Any]) -> Task:
 
 def _hold(case: Case, clause: str) -> None:
     """Raise ContractError if the clause is broken, or if the matcher fails while it is checked."""
-    try:
+    with _blamed(clause, case):
         broken = CLAUSES[clause](case)
-    except DDError:
-        raise
-    except Exception as error:
-        raise ContractError(clause, f"the matcher fails with {said(error)}") from error
     if broken:
         raise ContractError(clause, broken)
+
+
+@contextmanager
+def _blamed(clause: str, case: Case | None = None) -> Iterator[None]:
+    """Make of what fails inside a ContractError; a UsageError stays one until the task has been taken."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ContractError(clause, f"the matcher calls sys.exit({error.code!r})") from error
+    except DDError as error:
+        if isinstance(error, UsageError) and not (case and case.taken):
+            raise
+        raise ContractError(clause, error.cause) from error
+    except Exception as error:
+        raise ContractError(clause, f"the matcher fails with {said(error)}") from error

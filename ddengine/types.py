@@ -215,6 +215,7 @@ class Task:
     it. `origin` says how the source was loaded (arguments of `ddengine.data.load` or `load_graphs`), so that
     a judge can load the same. `workers` processes may share the work on a CPU; no result depends on them.
     `replicas` draw their own networks or segments at each step; `ranks` are the processes that share them.
+    `precision` "auto" is what the matcher and the device serve: `distill` settles it, else it is fp32.
     """
 
     source: Images | Graphs
@@ -230,7 +231,7 @@ class Task:
     def __post_init__(self) -> None:
         require_positive("workers", self.workers)
         require_positive("replicas", self.replicas)
-        require(self.precision, ("fp32", "bf16"), "precision")
+        require(self.precision, ("auto", "fp32", "bf16"), "precision")
         counts = self.source.counts
         empty = [name for name, n in zip(self.source.spec.classes, counts, strict=True) if n == 0]
         if empty:
@@ -238,6 +239,12 @@ class Task:
                 f"class '{empty[0]}' has no {self.kind[:-1]} to learn from ({len(empty)} empty classes)",
                 f"Add {self.kind} to that class or remove it",
             )
+
+    def settled(self, bf16: bool) -> "Task":
+        """The task at a precision that is said: for "auto" bf16 on a GPU, if the matcher computes in it."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="bf16" if bf16 and self.device.type == "cuda" else "fp32")
 
     @property
     def kind(self) -> str:

@@ -17,7 +17,7 @@ COMMANDS = {
     "estimate": ("COMMAND", "memory, time and disk of distill, buffer or evaluate PATH before they run"),
     "downstream": ("TASK PATH", "continual: a memory for class-incremental learning; nas: ranking networks"),
     "audit": ("PATH", "what a set gives away: nearest training images, membership inference"),
-    "report": ("RUN ...", "show what runs made, their last evaluations and learning curves, also as a page"),
+    "report": ("PATH ...", "show runs, sets or kept evaluations: tables, learning curves, also as a page"),
     "inspect": ("PATH", "show what is in a distilled set, a run or an expert buffer"),
     "verify": ("PATH", "check hashes, shapes and ranges of a set or a buffer; safe on untrusted files"),
     "list": ("KIND", "list matchers, datasets, networks, recipes, protocols or configs"),
@@ -46,6 +46,8 @@ GRAPH_KEYS = {
     "rows=[random_bytes,full] recipe.steps=N recipe.lrs=[0.001,0.005] recipe.weight_decay=X "
     f"recipe.pool=mean|sum recipe.dropout=X recipe.balance=true|false workers=N out=DIR {TRACK}",
 }
+BUFFERS = ("replay_buffer",)  # formats of expert buffers; the others are of distilled sets
+FORMATS = (*BUFFERS, "mtt", "tesla", "dm", "datadam", "sre2l", "imagefolder", "npz", "torch")
 KEYS = {
     "distill": f"{DATASET} matcher=NAME matcher.OPTION=VALUE {NETWORK} ipc=N budget.nbytes=N "
     f"experts=DIR synth=pixels|factored|compensated seed=N out=DIR {PLACE} deterministic=true|false "
@@ -54,8 +56,9 @@ KEYS = {
     "count=N epochs=N max_start_epoch=N expert_epochs=N full_experts=N encoding=delta16|fp32 "
     f"seed=N out=DIR {PLACE} workers=N {TRACK} checkpoint.minutes=N",
     "import": f"{DATASET} {NETWORK} out=DIR encoding=delta16|fp32 (of a buffer) "
-    "source.space=auto|pixels|normalised|zca source.lr=X source.experiment=N (of a set)",
-    "export": "out=DIR|FILE",
+    "source.space=auto|pixels|normalised|zca source.lr=X source.experiment=N (of a set) "
+    f"--from: {' '.join(FORMATS)}",
+    "export": "out=DIR (imagefolder, hf) | NAME.npz | NAME.pt (torch)",
     "downstream": f"{DATASET} rows=[random,herding,full] ipc=N {RECIPE} seeds=N seed=N {PLACE} workers=N "
     f"out=DIR continual: {NETWORK} steps=5 orders=3 nas: widths=[8,16,32] depths=[1,2,3] "
     "norms=[none,instance] reference.steps=N reference.OPTION=VALUE (as recipe.OPTION)",
@@ -81,8 +84,6 @@ VALUED = {  # flags that take a value
     "import": {"--from": "FORMAT"},
     "export": {"--to": "FORMAT"},
 }
-BUFFERS = ("replay_buffer",)  # formats of expert buffers; the others are of distilled sets
-FORMATS = (*BUFFERS, "mtt", "tesla", "dm", "datadam", "sre2l", "imagefolder", "npz", "torch")
 
 
 def overview() -> str:

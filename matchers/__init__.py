@@ -11,7 +11,7 @@ from typing import Any
 from ddengine import plugins
 from ddengine.errors import UsageError, unknown
 from ddengine.nets.core import NetSpec
-from ddengine.types import Matcher
+from ddengine.types import Accepts, Matcher
 from matchers.attention import AttentionMatching
 from matchers.characteristic import CharacteristicMatching
 from matchers.compensator import CompensatorMatching
@@ -68,7 +68,16 @@ def problem(found: Any) -> str | None:
     lacking = [key for key in FIELDS if key not in found.__dataclass_fields__]
     if lacking:
         return f"has no field {' and no field '.join(lacking)}"
-    return None if _is_frozen(found.options) else "has options that are no frozen dataclass"
+    return _odd_value(found)
+
+
+def _odd_value(found: Any) -> str | None:
+    """What is wrong with the values of a frozen dataclass that has all verbs and fields."""
+    if not _is_frozen(found.options):
+        return "has options that are no frozen dataclass"
+    if not isinstance(found.accepts, Accepts):
+        return f"has a {type(found.accepts).__name__} as accepts, which must be an Accepts"
+    return None
 
 
 def _is_frozen(value: Any) -> bool:

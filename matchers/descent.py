@@ -144,7 +144,7 @@ def real_targets(
     go together, because the batch is part of the statistics.
     """
     k, together = len(work.data.spec.classes), work.extra["together"]
-    picks = work.data.draw(rng.torch("real"), range(k), per_class)
+    picks = work.task.images.draw(rng.torch("real"), range(k), per_class)  # whose labels need no device
     means = []
     for group in groups(k, per_class, o.chunk, together):
         index, place = listing(picks, group)

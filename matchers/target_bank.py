@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import ddengine
+import expert_buffers
 from ddengine import files
+from ddengine.data.disk import DiskPixels
 from ddengine.errors import ArtefactError, UsageError
 from ddengine.nets import NETWORKS
 from ddengine.nets.core import NetSpec
@@ -31,8 +33,7 @@ from ddengine.types import Images, Task, fingerprint
 FORMAT, VERSION = "ddengine/target", 1
 BLOCK = 50  # pairs before the first of them comes again: consecutive steps are to differ
 MEMORY = 256 << 20  # bytes of entries that are remembered
-CODE = ("rng.py", "types.py", "nets", "ops")  # what targets come from, beside the matchers
-MATCHERS = ("attention", "characteristic", "descent")  # whose statistics are kept
+CODE = ("rng.py", "types.py", "nets", "ops")  # what targets come from, beside matchers and experts
 
 
 def pair(count: int, reuse: int) -> tuple[int, int]:
@@ -42,6 +43,12 @@ def pair(count: int, reuse: int) -> tuple[int, int]:
     """
     block, place = divmod(count, BLOCK * reuse)
     return block * BLOCK + place % BLOCK, block * BLOCK * reuse + place % BLOCK
+
+
+def computed_share(networks: int, reuse: int) -> float:
+    """The share of the first `networks` networks of a run whose pair was not there before."""
+    whole, rest = divmod(networks, BLOCK * reuse)
+    return (whole * BLOCK + min(rest, BLOCK)) / networks
 
 
 def bank_folder() -> Path:
@@ -144,8 +151,12 @@ def data_facts(images: Images) -> dict[str, Any]:
     """What real images are: a hash of pixels, labels and class names, and the way into model-input space."""
     spec = images.spec
     whitening = [spec.zca.mean, spec.zca.matrix] if spec.zca is not None else []
+    said: Any = None
+    if isinstance(images.x, DiskPixels):  # the index of the files has hashed all their pixels
+        rows = torch.from_numpy(images.x.rows)
+        said = [spec.fingerprint, list(images.x.shape), fingerprint(rows, images.y, spec.classes)]
     return {
-        "images": fingerprint(images.x, images.y, spec.classes),
+        "images": said or fingerprint(images.x, images.y, spec.classes),
         "mean": list(spec.mean), "std": list(spec.std), "zca": [fingerprint(t, t, ()) for t in whitening],
     }  # fmt: skip
 
@@ -163,8 +174,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 @cache
 def _code() -> str:
     """SHA-256 of the modules that targets come from."""
-    core, here, found = Path(ddengine.__file__).parent, Path(__file__).parent, hashlib.sha256()
-    places = [*(core / name for name in CODE), *(here / f"{n}.py" for n in MATCHERS)]
+    core, found = Path(ddengine.__file__).parent, hashlib.sha256()
+    places = [*(core / name for name in CODE), Path(__file__).parent, Path(expert_buffers.__file__).parent]
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             found.update(file.read_bytes())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CLASSES_SHOWN = 200
+PRIVATE = ("host", "root")  # of the manifest's tables
 LIMITS = """\
 The images were made or chosen to train networks; they represent the source in no other sense.
 They may resemble source images, and no guarantee of privacy is given.
@@ -192,6 +193,15 @@ def _load(manifest: Mapping[str, Any]) -> str:
 
 
 def json_block(value: Mapping[str, Any]) -> str:
-    """A table from the manifest as a block of JSON, or that it was not recorded."""
+    """A table from the manifest as a block of JSON, or that it was not recorded.
+
+    Without the folders and the machine of whoever made the set: a card is there to be published.
+    """
     # Indented JSON never starts a line with a fence, so its texts cannot end the block.
-    return f"```json\n{json.dumps(value, indent=1)}\n```" if value else "Not recorded."
+    return f"```json\n{json.dumps(_public(value), indent=1)}\n```" if value else "Not recorded."
+
+
+def _public(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _public(held) for key, held in value.items() if key not in PRIVATE}

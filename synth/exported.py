@@ -72,7 +72,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _require_new_file(out: Path, to: str) -> None:
     if out.suffix not in SUFFIXES[to]:
-        raise UsageError(f"out={out} is no name of a {to} file", f"Give out=NAME{SUFFIXES[to][0]}")
+        raise UsageError(f"out={out} does not end as a {to} file does", f"Give out=NAME{SUFFIXES[to][0]}")
     if os.path.lexists(out):
         raise UsageError(f"{out} exists", "Choose another name or remove it")
 

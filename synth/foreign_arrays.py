@@ -9,7 +9,7 @@ import torch
 
 from ddengine import archives
 from ddengine.archives import reason_of
-from ddengine.errors import UsageError
+from ddengine.errors import ArtefactError, UsageError
 from ddengine.types import DataSpec
 from synth.foreign_files import (
     Found,
@@ -25,21 +25,27 @@ from synth.schema import require_regular
 
 LIMIT = 2 << 30  # bytes of the arrays once decompressed
 ZCA = ("zca_mean", "zca_matrix", "zca_inverse")
-KEYS = ("x", "y", "y_kind", "classes", "mean", "std", "student_lr", *ZCA)
+PAIRS = (("x", "y"), ("images", "labels"))  # what images and labels are called; ours first
+KEYS = (*PAIRS[0], *PAIRS[1], "y_kind", "classes", "mean", "std", "student_lr", *ZCA)
 
 
 def read_npz(paths: Sequence[Path], spec: DataSpec, experiment: int | None) -> Found:
-    """Images x as [n c h w], [n h w c] or [n h w], labels y as [n] or [n k], maybe `student_lr`.
+    """Images as [n c h w], [n h w c] or [n h w], labels as [n] or [n k], maybe `student_lr`.
 
-    Of a file that `export` wrote, also what it tells of its space. Compressed members are read up to 2 GiB.
+    They are the arrays `x` and `y`, or `images` and `labels`. Of a file that `export` wrote, also what it
+    tells of its space. Compressed members are read up to 2 GiB.
     """
     if experiment is not None:
         raise UsageError(f"experiment={experiment} is for dm and datadam", "Leave it out")
     path = one_file(paths, "FILE.npz")
     arrays = read_arrays(path)
-    if missing := [key for key in ("x", "y") if key not in arrays]:
-        raise wrong(path, f"it has no array {missing[0]!r}")
-    x, y = (_tensor(path, key, arrays[key]) for key in ("x", "y"))
+    pair = next((pair for pair in PAIRS if set(pair) <= set(arrays)), None)
+    if pair is None:
+        raise ArtefactError(
+            f"{path} is no distilled set: it has no arrays 'x' and 'y', nor 'images' and 'labels'",
+            "Name them so: x [n, c, h, w] or [n, h, w, c], and y [n]",
+        )
+    x, y = (_tensor(path, key, arrays[key]) for key in pair)
     rate = arrays.get("student_lr")
     return Found(
         image_tensor(path, _channels_first(x, spec), spec),

@@ -154,10 +154,13 @@ class DiskPixels(Tensor):
 
     def part(self, index: Tensor) -> Tensor:
         """The images at `index`: in memory, or on disk where they would take more than TAKEN bytes."""
-        rows = self.rows[index.cpu().numpy()]
-        if len(rows) * int(np.prod(self.reader.shape)) <= TAKEN:
+        if len(index) * int(np.prod(self.reader.shape)) <= TAKEN:
             return self[index]
-        return DiskPixels(self.reader, rows, self.device)
+        return self.chosen(index)
+
+    def chosen(self, index: Tensor) -> "DiskPixels":
+        """The images at `index`, on disk, however few they are."""
+        return DiskPixels(self.reader, self.rows[index.cpu().numpy()], self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,7 +16,7 @@ from ddengine.data.image_folder import load_image_folder, load_tiny_imagenet
 from ddengine.data.levels import channel_statistics
 from ddengine.data.npz import load_npz
 from ddengine.data.published import load_published
-from ddengine.data.source import Dataset, Part, Request, Source
+from ddengine.data.source import Dataset, Part, Request, Source, source_problem
 from ddengine.data.split import TEST, VALIDATION, by_class_and_content, split
 from ddengine.errors import DDError, UsageError, require, require_positive, unknown
 from ddengine.types import DataSpec, Images, fingerprint
@@ -63,10 +63,12 @@ def _asked(plugin: plugins.Plugin, loader: Loader, request: Request) -> Source:
         source = loader(request)
     except DDError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise plugin.refused(f"fails: {plugins.said(error)}") from error
     if not isinstance(source, Source):
         raise plugin.refused(f"gives a {type(source).__name__}, not a ddengine.data.Source")
+    if wrong := source_problem(source):
+        raise plugin.refused(wrong)
     return source
 
 
@@ -107,6 +109,8 @@ def load(
 
 def assemble(name: str, source: Source, preprocessing: str = "standard") -> Dataset:
     """Split a source, put each part in canonical order, and give them one spec. Raises UsageError."""
+    if wrong := source_problem(source):
+        raise UsageError(f"the source of '{name}' {wrong}", "Give a Source of Parts as its docstring says")
     _check_classes(name, source)
     ready = bool(source.fingerprint)
     fit, validation, test = divide(source) if ready else map(_ordered, divide(source))

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from ddengine.data import dataset_root
 from ddengine.errors import UsageError
 from ddengine.types import DataSpec, Images
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,46 @@ class Source:
     skipped: int = 0
     notes: tuple[str, ...] = ()
     fingerprint: str = ""
+
+
+def source_problem(source: Source) -> str | None:
+    """What is wrong with the classes or parts of a source, in words; None when nothing is."""
+    names = source.classes
+    if not isinstance(names, tuple) or not names or not all(isinstance(n, str) and n for n in names):
+        return f"gives the classes {names!r}: a tuple of names is needed"
+    if len(set(names)) < len(names):
+        return f"gives the class '{next(n for n in names if names.count(n) > 1)}' twice"
+    shape = None
+    for kind in ("train", "validation", "test"):
+        part = getattr(source, kind)
+        if part is None and kind != "train":
+            continue
+        if wrong := _part_problem(part, len(names)):
+            return f"gives a {kind} part of {wrong}"
+        if shape not in (None, tuple(part.x.shape[1:])):
+            return f"gives a {kind} part of images {tuple(part.x.shape[1:])}, and a train part of {shape}"
+        shape = tuple(part.x.shape[1:])
+    return None
+
+
+def _part_problem(part: object, classes: int) -> str | None:
+    if not isinstance(part, Part):
+        return f"the type {type(part).__name__}: a ddengine.data.Part is needed"
+    x, y = part.x, part.y
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+        return f"{_spelled(x)} pixels: a tensor uint8 [n, c, h, w] is needed"
+    if not isinstance(y, Tensor) or y.dtype not in WHOLE or y.ndim != 1:
+        return f"{_spelled(y)} labels: a tensor of whole numbers [n] is needed"
+    if len(x) != len(y):
+        return f"{len(x)} images and {len(y)} labels"
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        return f"the labels {int(y.min())} to {int(y.max())}: the {classes} classes have 0 to {classes - 1}"
+    return None
+
+
+def _spelled(value: object) -> str:
+    shown = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+    return f"{shown} {list(value.shape)}" if isinstance(value, Tensor) else shown
 
 
 @dataclass(frozen=True)

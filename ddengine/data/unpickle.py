@@ -4,7 +4,7 @@ import math
 import pickle
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -39,6 +39,8 @@ def _rebuild(*unused: Any) -> _Array:
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
     if order not in ("C", "F") or axes is not None:
         raise ValueError("an array in an unusual memory order")
+    if not isinstance(data, bytes | bytearray):  # of a number bytes() makes as many zeros
+        raise ValueError("an array of no bytes")
     array = _Array()
     array.state = (1, shape, dtype, order == "F", bytes(data))
     return array
@@ -61,9 +63,20 @@ ALLOWED = {
 }
 
 
+def _bytearray8(unpickler: Any) -> None:
+    """As the opcode asks, but Python's own version makes room for the length that the file claims first."""
+    length = int.from_bytes(unpickler.read(8), "little")
+    data = unpickler.read(min(length, LIMIT))
+    if len(data) < length:
+        raise pickle.UnpicklingError("it ends within an array")
+    unpickler.append(bytearray(data))
+
+
 # The Python version: the C one sizes its memo table by a number in the file, so a damaged byte could ask
 # for all memory.
 class _PlainUnpickler(pickle._Unpickler):
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _bytearray8}
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")

@@ -117,11 +117,12 @@ def resolve(spec: NetSpec, shape: tuple[int, int, int]) -> NetSpec:
         )
     defaults = find_network(spec.name).defaults(shape)
     given = {key: getattr(spec, key) for key in OPTIONS if getattr(spec, key) is not None}
+    untold = "none, unless it tells them by defaults(shape)" if is_import_path(spec.name) else "none"
     for key, value in given.items():
         if key not in defaults:
             raise UsageError(
                 f"network.{key}={value} means nothing to network '{spec.name}'",
-                f"Leave network.{key} out; its options are: {', '.join(defaults) or 'none'}",
+                f"Leave network.{key} out; its options are: {', '.join(defaults) or untold}",
             )
     return replace(spec, **(defaults | given))
 

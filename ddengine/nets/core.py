@@ -110,16 +110,18 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
                     module.reset_running_stats()
             else:
                 for parameter in module.parameters(recurse=False):
-                    parameter.copy_(_cpu(parameter).normal_(0, 0.02, generator=generator))
+                    drawn = _cpu(parameter).normal_(0, 0.02, generator=generator)
+                    parameter.copy_(drawn, non_blocking=True)
     return net
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
-    tensor.copy_(_cpu(tensor).uniform_(-bound, bound, generator=generator))
+    tensor.copy_(_cpu(tensor).uniform_(-bound, bound, generator=generator), non_blocking=True)
 
 
 def _cpu(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, device="cpu", dtype=torch.float32)
+    """Room for draws, from which a GPU copies while the next ones are made."""
+    return torch.empty(like.shape, device="cpu", dtype=torch.float32, pin_memory=like.is_cuda)
 
 
 def grows(shape: tuple[int, int, int]) -> bool:
@@ -210,7 +212,22 @@ class ForeignNetwork(nn.Module):
                 "Give a network that has features(x, tap), such as network=convnet",
             )
         check_input(x, self.shape)
-        return Features(*own(x, tap))
+        found = own(x, tap)
+        pair = isinstance(found, tuple) and len(found) == 2
+        if not pair or not isinstance(found[0], Tensor) or found[0].ndim != 2 or len(found[0]) != len(x):
+            given = type(found).__name__ if not pair else list(getattr(found[0], "shape", [])) or "no matrix"
+            raise UsageError(
+                f"features of network '{self.spec.name}' gives {given}",
+                "Let it give an embedding [n, d] and the list of what tap returned",
+            )
+        return Features(*found)
+
+
+def _untrainable(net: nn.Module, logits: Tensor) -> str | None:
+    """What keeps a network that gave these logits of blank images from being trained, in words."""
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        return "has no weight that may be trained: all have requires_grad=False"
+    return None if bool(logits.isfinite().all()) else "gives logits of blank images that are not finite"
 
 
 @dataclass(frozen=True)
@@ -249,11 +266,15 @@ class Foreign:
             net = self._wrapped(shape, classes, options).eval()
             try:
                 with torch.no_grad():
-                    net(torch.zeros((2, *shape)))
+                    logits = net(torch.zeros((2, *shape)))
             except UsageError:
                 raise
+            except SystemExit as error:
+                raise self.refusal(net, RuntimeError(f"sys.exit({error.code!r})")) from error
             except Exception as error:
                 raise self.refusal(net, error) from error
+            if wrong := _untrainable(net, logits):
+                raise UsageError(f"network '{self.name}' {wrong}", "Let it make one that can be trained")
             if self.stays_random:
                 seed = int(torch.randint(2**62, (), device="cpu"))
                 net.draws = torch.Generator().manual_seed(seed)

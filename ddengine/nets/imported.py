@@ -192,7 +192,7 @@ def _tried(name: str, call: Callable[[], Any], what: str) -> Any:
     try:
         with _numbers_too():
             return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"network '{name}': {what} ({_said(error)})", "Repair it") from error
 
 

@@ -268,3 +268,9 @@ def test_a_step_costs_its_memory_and_time(world):
     assert two.disk_bytes == 2 * one.disk_bytes
     wide, _ = recorder.forecast(fit, replace(network, width=16), world / "none", **options)
     assert wide.least_bytes > one.least_bytes
+
+
+def test_an_estimate_with_a_bank_leaves_nothing_in_it(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDENGINE_CACHE", str(tmp_path / "cache"))
+    found = estimated(call, "distill", *ATTENTION, "matcher.bank=on")
+    assert found["seconds"] > 0 and not list(tmp_path.rglob("*.safetensors"))

@@ -1,11 +1,13 @@
 """What the command line does with a set beyond judging it once: protocols, networks, in and out, tasks."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddengine import data
 from ddengine.cli import main
@@ -105,8 +107,84 @@ def test_a_network_that_only_an_artefact_names_is_never_imported(call, world, tm
     code, out, err = call("evaluate", tmp_path / "hostile")
     assert (code, out) == (2, "") and "trap_nets:Net" in two_lines(err)[0]
     assert "trap_nets" not in sys.modules
+    code, out, err = call(
+        "evaluate", tmp_path / "hostile", "networks=[mlp]", "rows=[]", "seeds=1", *QUICK, "--json"
+    )
+    assert code == 0 and [row["network"] for row in json.loads(out)["rows"]] == ["mlp"], err
+    assert "trap_nets" not in sys.modules
     code, _, err = call("evaluate", tmp_path / "hostile", "network=mlp", "rows=[]", "seeds=1", *QUICK)
     assert code == 0, err
+
+
+def test_a_table_of_a_set_on_its_own_is_kept_where_it_is_told_to_and_reported(call, world, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(world / "run" / "distilled", tmp_path / "sets" / name)
+    words = ["seeds=2", "rows=[]", *QUICK]
+    code, _, err = call("evaluate", tmp_path / "sets" / "one", *words)
+    assert code == 0 and "note: this table is not kept: with out=DIR it is" in err
+    code, _, err = call("report", "--compare", tmp_path / "sets" / "one", tmp_path / "sets" / "two")
+    assert code == 2 and "out=DIR, then compare that DIR" in two_lines(err)[1]
+    for name in ("one", "two"):
+        code, _, err = call("evaluate", tmp_path / "sets" / name, *words, f"out={tmp_path / 'kept' / name}")
+        assert code == 0 and "not kept" not in err
+    code, out, _ = call("report", "--compare", tmp_path / "kept" / "one", tmp_path / "kept" / "two", "--json")
+    assert code == 0 and json.loads(out)["comparisons"][0]["values"] == [0, 0]
+    shutil.rmtree(tmp_path / "sets")
+    code, out, _ = call("report", tmp_path / "kept" / "one", "--html", tmp_path / "page.html")
+    assert code == 0 and "matcher | not known" in out and "examples: fit 1,293, validation 145" in out
+
+
+def test_a_report_shows_the_set_of_an_evaluation_or_a_set_alone(call, world, tmp_path):
+    shutil.copytree(world / "run" / "distilled", tmp_path / "set")
+    code, _, err = call(
+        "evaluate", tmp_path / "set", "seeds=1", "rows=[]", *QUICK, f"out={tmp_path / 'kept'}"
+    )
+    assert code == 0, err
+    for name, said in (("kept", "examples: fit"), ("set", "not evaluated yet")):
+        code, out, _ = call("report", tmp_path / name, "--html", tmp_path / f"{name}.html")
+        assert code == 0 and said in out and "SubsetSelection" in out and "| size | 10 images" in out
+        assert "data:image/png;base64," in (tmp_path / f"{name}.html").read_text()
+    code, _, err = call("evaluate", "run", "seeds=1", "rows=[]", *QUICK, f"out={tmp_path / 'kept'}")
+    assert code == 0 and json.loads((tmp_path / "kept" / "set.json").read_text())["path"].endswith(
+        "run/distilled"
+    )
+    (tmp_path / "kept" / "set.json").write_text('{"path": 5}')
+    code, _, err = call("report", tmp_path / "kept")
+    assert code == 3 and "set.json" in two_lines(err)[0]
+
+
+def test_a_set_from_data_that_no_command_knows_says_how_it_is_judged(call, world, tmp_path):
+    made = DistilledSet.load(world / "run" / "distilled")
+    recipe = {**made.manifest["recipe"], "dataset": {"name": "mine"}}
+    DistilledSet.make(made.synth, recipe=recipe, provenance={}).save(tmp_path / "own")
+    code, _, err = call("evaluate", tmp_path / "own", "rows=[]", "seeds=1", *QUICK)
+    assert code == 2 and two_lines(err)[0].startswith("error: the set was made from 'mine'")
+    code, _, err = call("evaluate", tmp_path / "own", "dataset=digits", "rows=[]", "seeds=1", *QUICK)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "verify", "export", "audit", "report"])
+def test_a_path_at_which_there_is_nothing_is_a_wrong_word(command, call, world, tmp_path):
+    more = ["--to", "hf", f"out={tmp_path / 'new'}"] if command == "export" else []
+    code, _, err = call(command, tmp_path / "nowhere", *more)
+    assert code == 2 and two_lines(err)[0].endswith("nowhere does not exist")
+
+
+def test_a_class_without_a_test_image_is_named(call, world, tmp_path):
+    draw = np.random.default_rng(0)
+    for label, count in enumerate((1, 20, 20)):
+        folder = tmp_path / "pictures" / f"class {label}"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(draw.integers(0, 256, (9, 9, 3), np.uint8)).save(folder / f"{number}.png")
+    words = ["dataset=image_folder", f"dataset.root={tmp_path / 'pictures'}"]
+    made = ["distill", *words, "ipc=1", "matcher=random", *NETWORK, f"out={tmp_path / 'few'}"]
+    assert call(*made)[0] == 0
+    code, out, _ = call("evaluate", tmp_path / "few", "seeds=1", "rows=[]", *QUICK)
+    assert code == 0 and "examples: fit 33, validation 4, test 4" in out
+    assert "warning: the test part has no example of 'class 0': scores are of the other classes" in out
+    code, out, _ = call("report", tmp_path / "few", "--json")
+    assert json.loads(out)["runs"][0]["table"]["untested"] == ["class 0"]
 
 
 @pytest.mark.parametrize("form", ["npz", "torch"])

@@ -104,9 +104,19 @@ def test_a_worker_leaves_the_lock_of_its_parent_alone(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, UsageError])
 def test_a_lock_is_gone_after_an_error(tmp_path, error):
-    with pytest.raises(error), locks.writing(tmp_path / "new" / "deep"):
+    with pytest.raises(error), locks.writing(tmp_path):
         raise error("stop")
-    assert names(tmp_path / "new" / "deep") == []
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_which_nothing_was_written_goes_with_the_error(tmp_path):
+    with pytest.raises(ValueError, match="stop"), locks.writing(tmp_path / "new"):
+        raise ValueError("stop")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="stop"), locks.writing(tmp_path / "begun"):
+        (tmp_path / "begun" / "kept").write_text("")
+        raise ValueError("stop")
+    assert names(tmp_path / "begun") == ["kept"]
 
 
 def test_among_many_writers_there_is_never_more_than_one(tmp_path):

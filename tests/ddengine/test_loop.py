@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import matchers
-from ddengine import checkpoint
+from ddengine import checkpoint, recipes
 from ddengine.data import load
 from ddengine.errors import DDError, Interrupted, UsageError
 from ddengine.loop import Schedule, as_device, distill
 from ddengine.nets import NetSpec, resolve
 from ddengine.rng import Rng
-from ddengine.types import Budget, Task
+from ddengine.types import Budget, DataSpec, Images, Task
 from synth import DistilledSet
 
 NET = NetSpec("convnet", width=4, depth=2)
@@ -370,3 +370,40 @@ def test_a_mistake_that_shows_in_the_first_step_leaves_the_folder_free(task, tmp
         distill(task, wrong, out=tmp_path / "run")
     right = matchers.make("attention", NET, steps=2, layers=(0,), real_per_class=4)
     assert distill(task, right, out=tmp_path / "run").steps == 2
+
+
+def test_images_that_no_network_takes_are_refused_before_the_first_step(tmp_path):
+    x = torch.randint(0, 256, (20, 1, 7, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    spec = DataSpec("small", (1, 7, 5), ("a", "b"), (0.5,), (0.25,))
+    task = Task(Images(x, torch.arange(20) // 10, spec), Budget(1))
+    with pytest.raises(UsageError, match="images of 7x5 pixels are too small"):
+        distill(task, matchers.make("random"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "bf16", "settled"),
+    [
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp32"),
+        ("auto", "cpu", True, "fp32"),
+        ("bf16", "cuda", False, "bf16"),
+        ("fp32", "cuda", True, "fp32"),
+    ],
+)
+def test_precision_auto_is_what_device_and_matcher_serve(given, device, bf16, settled):
+    task = Task(load("digits").fit, Budget(1), device=torch.device(device), precision=given)
+    assert task.settled(bf16).precision == settled
+
+
+def test_a_task_for_a_gpu_leaves_the_precision_to_the_matcher(monkeypatch):
+    monkeypatch.setattr(recipes, "device_of", torch.device)
+    assert recipes.task("digits", ipc=1, device="cuda").precision == "auto"
+    assert recipes.task("digits", ipc=1, device="cuda", precision="bf16").precision == "bf16"
+    assert recipes.task("digits", ipc=1, device="cpu").precision == "fp32"
+
+
+def test_a_task_that_leaves_the_precision_open_is_that_of_fp32_on_a_cpu(tmp_path):
+    task, matcher = Task(load("digits").fit, Budget(1), precision="auto"), matchers.make("random")
+    made = distill(task, matcher, out=tmp_path / "run").distilled
+    assert made.manifest["provenance"]["precision"] == "fp32"

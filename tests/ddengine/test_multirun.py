@@ -215,3 +215,11 @@ def test_values_out_of_range_are_refused(key, tmp_path):
     config = MultirunConfig(launcher="slurm", slurm=SlurmConfig(**{key: -1}))
     with pytest.raises(UsageError, match=f"slurm.{key}=-1"):
         multirun.launch("distill", quick(tmp_path), config, print)
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_any_run_starts(tmp_path):
+    todo = quick(tmp_path)
+    todo[2].log.mkdir()
+    with pytest.raises(UsageError, match="cannot write .*c.log: Is a directory"):
+        multirun.launch("distill", todo, MultirunConfig(), print)
+    assert not any(job.out.exists() for job in todo)

@@ -9,7 +9,7 @@ import plugged
 import pytest
 
 import matchers
-from ddengine import catalog, cli, doctor, plugins
+from ddengine import catalog, cli, data, doctor, plugins
 from ddengine.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,8 @@ BROKEN = {
     "gone": "does not load: AttributeError: .*gone",
     "absent": "does not load: No module named 'nowhere_to_be_found'",
     "ends": "does not load: SystemExit: 3",
-    "spelt": "does not load: .+",
+    "spelt": "points to no MODULE:NAME",
+    "odd": "does not load: Odd: of no usual kind",
 }
 
 
@@ -72,12 +73,19 @@ BROKEN = {
 def installed(tmp_path, monkeypatch):
     """Two distributions: one good matcher, every way to be broken, a name of ours, a name given twice."""
     values = {name: f"many_matchers:{name}" for name in ("good", *BROKEN)}
-    values |= {"absent": "nowhere_to_be_found:x", "ends": "many_ends:x", "spelt": "a b c"}
+    values |= {
+        "absent": "nowhere_to_be_found:x",
+        "ends": "many_ends:x",
+        "spelt": "a b c",
+        "odd": "many_odd:x",
+    }
     values |= {"attention": "many_matchers:good", "twice": "many_matchers:good"}
     entries = {"matchers": values, "networks": {"mine": "nowhere_to_be_found:Net", "resnet18": "x:y"}}
     plugged.install(tmp_path, "many-matchers", entries, MATCHERS, summary="Many matchers")
     plugged.install(tmp_path, "other", {"matchers": {"twice": "many_matchers:good"}}, version="0.3")
     (tmp_path / "many_ends.py").write_text("raise SystemExit(3)\n")
+    odd = "class Odd(BaseException):\n    pass\n\n\nraise Odd('of no usual kind')\n"
+    (tmp_path / "many_odd.py").write_text(odd)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("many_matchers", None)
@@ -189,3 +197,115 @@ def test_entry_points_that_cannot_be_read_are_a_warning_and_hide_no_others(tmp_p
     assert found.ok and found.warning
     assert found.value.startswith("torn: its entry_points.txt cannot be read (")
     assert ("mine", "whole 1.0", "a:b") in catalog.listing("datasets")
+
+
+SOURCES = """
+import dataclasses
+import sys
+import torch
+from ddengine.data import Part, Source
+
+x, y = torch.randint(0, 256, (20, 1, 9, 11), dtype=torch.uint8), torch.arange(20) % 2
+NAMES = ("a", "b")
+
+
+def unchecked(kind, **fields):  # as one is made where the tests' checks of types are not
+    made = object.__new__(kind)
+    made.__dict__.update({f.name: f.default for f in dataclasses.fields(kind)} | fields)
+    return made
+
+
+def part(x, y):
+    return unchecked(Part, x=x, y=y)
+
+
+def source(classes, train):
+    return unchecked(Source, classes=classes, train=train)
+
+
+def float_pixels(request):
+    return Source(NAMES, part(x.float() / 255, y))
+
+
+def flat(request):
+    return Source(NAMES, part(x[:, 0], y))
+
+
+def soft(request):
+    return Source(NAMES, part(x, torch.eye(2)[y]))
+
+
+def arrays(request):
+    return Source(NAMES, part(x.numpy(), y.numpy()))
+
+
+def fewer(request):
+    return Source(NAMES, part(x, y[:17]))
+
+
+def negative(request):
+    return Source(NAMES, part(x, y - 1))
+
+
+def beyond(request):
+    return Source(NAMES, part(x, y + 5))
+
+
+def pair(request):
+    return source(NAMES, (x, y))
+
+
+def unnamed(request):
+    return source(("a", 1), part(x, y))
+
+
+def doubled(request):
+    return Source(("a", "a"), part(x, y))
+
+
+def other(request):
+    return Source(NAMES, part(x, y), test=part(x[:, :, :8], y))
+
+
+def leaves(request):
+    print("loading")
+    sys.exit()
+"""
+WRONG = {
+    "float_pixels": r"gives a train part of float32 \[20, 1, 9, 11\] pixels: a tensor uint8 \[n, c, h, w\]",
+    "flat": r"gives a train part of uint8 \[20, 9, 11\] pixels",
+    "soft": r"gives a train part of float32 \[20, 2\] labels: a tensor of whole numbers \[n\]",
+    "arrays": "gives a train part of ndarray pixels",
+    "fewer": "gives a train part of 20 images and 17 labels",
+    "negative": "gives a train part of the labels -1 to 0: the 2 classes have 0 to 1",
+    "beyond": "gives a train part of the labels 5 to 6",
+    "pair": "gives a train part of the type tuple",
+    "unnamed": r"gives the classes \('a', 1\): a tuple of names",
+    "doubled": "gives the class 'a' twice",
+    "other": r"gives a test part of images \(1, 8, 11\), and a train part of \(1, 9, 11\)",
+    "leaves": "fails: SystemExit",
+}
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A distribution whose datasets are each wrong in one way."""
+    values = {name: f"wrong_sources:{name}" for name in WRONG}
+    plugged.install(tmp_path, "wrong-sources", {"datasets": values}, SOURCES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("wrong_sources", None)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_dataset_that_is_none_is_refused_by_what_is_wrong(sources, name):
+    with pytest.raises(UsageError, match=f"^dataset '{name}' {WRONG[name]}") as refused:
+        data.load(name)
+    assert "(plug-in of wrong-sources 1.0, " in refused.value.cause and "\n" not in refused.value.cause
+
+
+def test_what_a_plug_in_prints_is_no_result_and_its_exit_is_an_error(sources, tmp_path, capfd):
+    words = ["distill", "dataset=leaves", "ipc=1", "matcher=random", f"out={tmp_path / 'run'}", "--json"]
+    assert cli.main(words) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and "loading" in err and "error: dataset 'leaves' fails: SystemExit" in err

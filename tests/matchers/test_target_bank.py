@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_every_pair_of_a_block_is_used_equally_often_and_no_two_steps_in_a_row_s
     assert Counter(numbers) == {past * block + i: reuse for i in range(block)}
     assert block == 1 or all(a != b for a, b in pairwise(numbers))
     assert all(began == first + numbers.index(number) for number, began in found)
+
+
+@pytest.mark.parametrize(("networks", "reuse"), [(1, 5), (2, 3), (3, 3), (23, 4), (120, 5)])
+def test_the_share_that_is_computed_is_that_of_pairs_seen_first(networks, reuse):
+    first = {pair(count, reuse)[0] for count in range(networks)}
+    assert target_bank.computed_share(networks, reuse) == len(first) / networks
 
 
 def test_blocks_are_long_enough_for_steps_in_a_row_to_differ():
@@ -295,3 +302,12 @@ def test_the_folder_is_the_users_cache_unless_told(tmp_path, monkeypatch):
     monkeypatch.delenv("DDENGINE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert target_bank.bank_folder() == tmp_path / "xdg" / "ddengine" / "bank"
+
+
+def test_all_modules_that_targets_come_from_are_in_the_hash_of_the_code(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or b"")
+    target_bank._code.__wrapped__()
+    covered = {path.name for path in seen if path.parent.name == "matchers"}
+    assert {"descent.py", "networks.py", "class_means.py", "target_bank.py", "attention.py"} <= covered
+    assert {"store.py", "segment.py"} <= {path.name for path in seen if path.parent.name == "expert_buffers"}

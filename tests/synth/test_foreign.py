@@ -367,7 +367,7 @@ NPZ = {
     "in 4 bytes": lambda n, d: (n, header((2**40, 3, 7, 5)), STORED),
     "an array of": lambda n, d: (n, header((-1, -1)), STORED),
     "an array of object": lambda n, d: (n, header((1,), "|O"), STORED),
-    "no array 'x'": lambda n, d: (n.replace("x.npy", "other.npy"), d, STORED),
+    "no arrays 'x' and 'y', nor 'images'": lambda n, d: (n.replace("x.npy", "other.npy"), d, STORED),
     "is no distilled set": lambda n, d: (n, b"\x93NUMPY\x09\x00" + d[8:], STORED),
     "is no distilled set.*magic": lambda n, d: (n, b"rubbish" * 9, STORED),
 }
@@ -378,6 +378,13 @@ def test_npz_headers_that_lie_are_refused(tmp_path, spec, said):
     path = repacked(of_format(tmp_path, "npz"), NPZ[said])
     with pytest.raises(ArtefactError, match=said):
         read_foreign([path], "npz", spec)
+
+
+def test_npz_arrays_may_be_called_images_and_labels(tmp_path, spec):
+    np.savez(tmp_path / "ours.npz", x=IMAGES.numpy(), y=LABELS.numpy())
+    np.savez(tmp_path / "other.npz", images=IMAGES.numpy(), labels=LABELS.numpy())
+    ours, other = (read_foreign([tmp_path / name], "npz", spec) for name in ("ours.npz", "other.npz"))
+    assert torch.equal(ours.x, other.x) and torch.equal(ours.y, other.y)
 
 
 def test_objects_bombs_and_doubled_members_in_npz_are_refused(tmp_path, spec, monkeypatch):

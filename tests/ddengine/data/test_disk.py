@@ -2,6 +2,7 @@ import copy
 import io
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ddengine.data.disk import DiskPixels, Reader
 from ddengine.errors import UsageError
 from ddengine.judge import evaluate
 from ddengine.kept import content
+from ddengine.loop import distill
 from ddengine.nets.core import NetSpec
 from ddengine.ops.batches import resident
 from ddengine.rng import Rng
@@ -23,6 +25,7 @@ from ddengine.types import Budget, Task
 from expert_buffers import record
 from matchers import make
 from matchers.subset import SELECTIONS
+from matchers.target_bank import data_facts
 from synth import DistilledSet
 from synth.subset import Subset
 
@@ -166,6 +169,20 @@ def test_a_large_part_stays_on_disk_and_a_small_one_is_read(both, monkeypatch):
     assert isinstance(kept.x, DiskPixels)
     assert torch.equal(kept.x[:], fit.x[pick])
     assert torch.equal(kept.take(torch.tensor([3, 1])).x, fit.x[pick[[3, 1]]])
+    chosen = fit.x.chosen(pick)  # however few
+    assert isinstance(chosen, DiskPixels) and torch.equal(chosen[:], fit.x[pick])
+
+
+def test_a_bank_knows_images_on_disk_by_the_index_of_their_files(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDENGINE_CACHE", str(tmp_path / "cache"))
+    fit, some = load(root, "disk", size=9).fit, torch.arange(0, 115, 2)
+    facts = data_facts(fit)
+    assert facts == data_facts(load(root, "disk", size=9).fit)
+    assert facts != data_facts(replace(fit, x=fit.x.chosen(some), y=fit.y[some]))
+    assert facts != data_facts(load(root, "disk").fit)
+    matcher = make("distribution", NetSpec(width=2, depth=1), steps=3, real_per_class=5, bank="on")
+    assert distill(Task(fit, Budget(1)), matcher).steps == 3
+    assert list((tmp_path / "cache" / "bank").glob("*.safetensors"))
 
 
 def test_copies_moves_and_other_processes_read_the_same_files(both):

@@ -2,6 +2,7 @@ import hashlib
 import pickle
 import struct
 import tempfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
@@ -149,6 +150,19 @@ def test_a_damaged_byte_in_a_batch_gives_a_value_error_or_plain_values(place, fl
         except ValueError:
             return
         assert all(type(key) is str for key in content)
+
+
+def test_lengths_that_a_batch_claims_take_no_memory(tmp_path):
+    path, most = tmp_path / "batch", 64 << 20
+    room = pickle.BYTEARRAY8 + (3 << 30).to_bytes(8, "little") + b"short"
+    zeros = b"cnumpy.core.numeric\n_frombuffer\n(" + b"J\xff\xff\xff\x7fNNX\x01\x00\x00\x00CtR."
+    for content, cause in ((b"\x80\x05" + room, "ends within an array"), (zeros, "an array of no bytes")):
+        path.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=cause):
+            read_plain_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < most
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 3000, 5000])

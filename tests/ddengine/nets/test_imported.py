@@ -135,6 +135,37 @@ class BreaksLater(Usual):
         raise ValueError("too narrow")
 
 
+class Frozen(Usual):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.requires_grad_(False)
+
+
+class Undefined(Usual):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+class Leaves(Usual):
+    def __init__(self, num_classes):
+        raise SystemExit(0)
+
+
+class LeavesLater(Usual):
+    def forward(self, x):
+        raise SystemExit(4)
+
+
+class Embedded(Usual):
+    def features(self, x, tap):
+        return None
+
+
+class Pooled(Usual):
+    def features(self, x, tap):
+        return x.mean(), []
+
+
 def nothing(num_classes):
     return None
 
@@ -364,6 +395,10 @@ def test_paths_that_lead_to_no_network_are_refused(name, message):
         ("Options", "has the defaults {'heads': 3}\n.*width, depth and norm"),
         ("Breaks", r"classes it fails \(ValueError: no such thing\)"),
         ("BreaksLater", r"fails on two images of \(3, 11, 13\): ValueError: too narrow\n"),
+        ("Frozen", "has no weight that may be trained: all have requires_grad=False"),
+        ("Undefined", "gives logits of blank images that are not finite"),
+        ("Leaves", r"classes it fails \(SystemExit: 0\)"),
+        ("LeavesLater", r"fails on two images of .*sys.exit\(4\)"),
         ("nothing", "makes a NoneType that is no module with weights"),
         ("weightless", "makes a Flatten that is no module with weights"),
     ],
@@ -373,6 +408,12 @@ def test_networks_that_cannot_be_built_are_refused(name, message):
     with pytest.raises(UsageError, match=message) as raised:
         build(NetSpec(f"my_nets:{name}"), SHAPE, CLASSES, generator())
     assert "\n" not in raised.value.cause
+
+
+@pytest.mark.parametrize(("name", "given"), [("Embedded", "NoneType"), ("Pooled", "no matrix")])
+def test_features_that_are_no_embedding_of_each_image_are_refused(name, given):
+    with pytest.raises(UsageError, match=f"features of network 'my_nets:{name}' gives {given}\n.*embedding"):
+        made(f"my_nets:{name}").features(images(3), lambda z: z)
 
 
 def test_an_output_of_training_that_is_no_tensor_is_refused():
