@@ -221,7 +221,8 @@ def pair_of(runs: Sequence[Mapping[str, Any]], *, required: bool = False) -> Pai
         raise UsageError(f"a comparison takes two runs, not {len(runs)}", "Write: report --compare A B")
     for run in runs if required else ():
         if run["table"] is None:
-            kept = "" if run["commands"]["distill"] else " out=DIR, then compare that DIR"
+            alone = run.get("commands", {}).get("distill", "") is None
+            kept = " out=DIR, then compare that DIR" if alone else ""
             raise UsageError(
                 f"{run['path']} is not evaluated", f"Write: ddengine evaluate {run['path']}{kept}"
             )

@@ -98,8 +98,11 @@ def launch(command: str, jobs: Sequence[Job], config: MultirunConfig, notice: No
         require_positive("jobs", config.jobs)
     for job in jobs:
         make_folder(job.log.parent)
+        fresh = not job.log.exists()
         with refused(f"write {job.log}"):
             job.log.open("ab").close()
+        if fresh:  # it is there once the run starts
+            job.log.unlink()
     if config.launcher == "slurm":
         lines = [(job.line(command), str(job.log)) for job in jobs]
         ids = submit(lines, jobs[0].log.parent / "slurm", config.jobs, config.slurm)

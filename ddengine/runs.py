@@ -102,7 +102,7 @@ def read_run(path: Path) -> Run:
     """
     require_path(path)
     table = _table(path / evaluated.TABLE)
-    folder = set_folder(path)
+    folder = None if is_buffer(path) else set_folder(path)
     distilled = None if folder is None else DistilledSet.load(folder)
     identity = _identity(path) if (path / RUN).is_file() else _told(path, distilled, table)
     curves = _curves(path / "metrics.jsonl")

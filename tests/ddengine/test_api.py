@@ -242,7 +242,7 @@ def test_other_data_of_the_same_classes_are_judged_with_a_warning():
 
 
 def test_what_is_no_set_is_an_artefact_error(tmp_path):
-    with pytest.raises(ArtefactError, match="nowhere"):
+    with pytest.raises(UsageError, match="nowhere does not exist"):
         dd.evaluate(tmp_path / "nowhere")
     with pytest.raises(ArtefactError, match="holds no distilled set"):
         dd.evaluate(tmp_path)

@@ -174,10 +174,10 @@ BAD = [
     (["demo", "seeds=none"], "none"),
     (["demo", "--fast"], "--fast"),
     (["undo"], "undo"),
+    (["evaluate", "nowhere"], "nowhere"),
     (["--fast"], "--fast"),
 ]
 DAMAGED = [
-    (["evaluate", "nowhere"], "nowhere"),
     (["evaluate", "photos"], "photos"),
     (["evaluate", "damaged"], "damaged/distilled/data.safetensors"),
     (["inspect", "file"], "file"),
@@ -302,7 +302,8 @@ def test_distill_prints_the_set_on_stdout_and_progress_on_stderr(call, tmp_path)
     assert "distilling digits: 20/20, loss " in err
     code, out, err = call(*words, "--json")
     found = one_object(out)
-    assert (code, err, found["resumed_from"], found["provenance"]["steps"]) == (0, "", 20, 20)
+    assert (code, found["resumed_from"], found["provenance"]["steps"]) == (0, 20, 20)
+    assert err.startswith("note: ") and err.endswith("run is finished, and is returned as it is\n")
 
 
 def test_json_of_distill_is_one_object(call, tmp_path):

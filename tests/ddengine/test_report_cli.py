@@ -205,20 +205,19 @@ def test_a_page_replaces_a_page_and_no_other_file(call, world, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        ([], 2, "RUN"),
-        (["--json"], 2, "RUN"),
+        ([], 2, "PATH"),
+        (["--json"], 2, "PATH"),
         (["judged", "--html"], 2, "--html names no file"),
         (["judged", "--html="], 2, "--html names no file"),
         (["--html", "--json", "judged"], 2, "--html names no file"),
         (["judged", "--htm=x"], 2, "--htm"),
         (["judged", "--html", "empty"], 2, "empty"),
         (["judged", "--html", "nowhere/page.html"], 2, "nowhere/page.html"),
-        (["nowhere"], 3, "nowhere is not a run"),
+        (["nowhere"], 2, "nowhere does not exist"),
         (["judged", "empty"], 3, "empty is not a run"),
         (["notes.txt"], 3, "notes.txt is not a run"),
-        (["judged/distilled"], 3, "judged/distilled is not a run"),
         (["buffer"], 3, "buffer is an expert buffer, not a run"),
-        (["judged", "seed=3"], 3, "seed=3 is not a run"),
+        (["judged", "seed=3"], 2, "seed=3 does not exist"),
     ],
 )
 def test_bad_words_are_one_line_of_cause_and_one_of_remedy(words, code, named, call):

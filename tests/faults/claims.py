@@ -184,6 +184,11 @@ def _pickled_bytes(folder: Path) -> Read:
     return lambda: read_plain_pickle(folder / "batch")
 
 
+def _pickled_array(folder: Path) -> Read:
+    (folder / "batch").write_bytes(b"\x80\x05\x96" + struct.pack("<Q", GIB) + b"abc.")
+    return lambda: read_plain_pickle(folder / "batch")
+
+
 def _pickled_memo(folder: Path) -> Read:
     (folder / "batch").write_bytes(b"\x80\x04}r" + struct.pack("<I", GIB) + b".")
     return lambda: _as_table(read_plain_pickle(folder / "batch"))
@@ -248,6 +253,7 @@ CLAIMS: dict[str, Callable[[Path], Read]] = {
     "npz dataset: header of an array": _header_of_a_dataset,
     "npz dataset: sizes in the directory": _members_of_a_dataset,
     "pickled batch: bytes": _pickled_bytes,
+    "pickled batch: array": _pickled_array,
     "pickled batch: place in the memo": _pickled_memo,
     "picture in a set": _picture,
     "picture in a dataset": _picture_of_a_dataset,

@@ -52,7 +52,7 @@ def test_an_evaluation_is_alone_in_its_folder_and_removes_what_a_killed_one_left
     assert cli.main(words) == 0
     (judged / ".tmp-abcdefgh").write_bytes(b"half")
     assert cli.main(words) == 0
-    assert sorted(path.name for path in judged.iterdir()) == ["results.jsonl", "table.json"]
+    assert sorted(path.name for path in judged.iterdir()) == ["results.jsonl", "set.json", "table.json"]
 
 
 def test_a_folder_of_other_files_is_refused_and_left_as_it_was(tmp_path):

@@ -311,7 +311,7 @@ def test_a_file_that_exists_or_has_another_suffix_is_refused(tmp_path, subset, t
     with pytest.raises(UsageError, match="exists"):
         export(subset, to, path)
     assert path.read_text() == "mine"
-    with pytest.raises(UsageError, match=f"no name of a {to} file\nGive out=NAME.(npz|pt)"):
+    with pytest.raises(UsageError, match=f"does not end as a {to} file does\nGive out=NAME.(npz|pt)"):
         export(subset, to, tmp_path / "folder")
 
 

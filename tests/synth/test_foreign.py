@@ -384,7 +384,7 @@ def test_npz_arrays_may_be_called_images_and_labels(tmp_path, spec):
     np.savez(tmp_path / "ours.npz", x=IMAGES.numpy(), y=LABELS.numpy())
     np.savez(tmp_path / "other.npz", images=IMAGES.numpy(), labels=LABELS.numpy())
     ours, other = (read_foreign([tmp_path / name], "npz", spec) for name in ("ours.npz", "other.npz"))
-    assert torch.equal(ours.x, other.x) and torch.equal(ours.y, other.y)
+    assert torch.equal(ours.images.x, other.images.x) and torch.equal(ours.images.y, other.images.y)
 
 
 def test_objects_bombs_and_doubled_members_in_npz_are_refused(tmp_path, spec, monkeypatch):
