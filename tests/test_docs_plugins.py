@@ -28,6 +28,7 @@ def installed(tmp_path, monkeypatch):
     plugged.install(tmp_path, about["name"], entries, version=about["version"], summary=about["description"])
     modules = project["tool"]["setuptools"]["py-modules"]
     for name in modules:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of another test, such as that of an example
         (tmp_path / f"{name}.py").write_text(FILES[f"{name}.py"])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
