@@ -174,9 +174,12 @@ def test_networks_with_batch_norm_are_refused():
         matcher.prepare(image_task(), Rng(0))
 
 
-def test_it_keeps_the_contract():
+def test_it_keeps_the_contract(monkeypatch):
+    monkeypatch.setitem(
+        globals(), "SMALL", NetSpec("convnet", width=2, depth=1)
+    )  # its runs are repeated often
     assert check_matcher(small()) == list(CLAUSES)
-    assert check_matcher(small(steps=4, inner=2, augment="none", start="noise"), image_task(2)) == list(
+    assert check_matcher(small(steps=3, inner=1, augment="none", start="noise"), image_task(2)) == list(
         CLAUSES
     )
     grids = small(steps=2, inner=1, augment="none", synth=FormOptions("factored"))
